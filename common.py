@@ -1,0 +1,314 @@
+"""What nobody forks: flags shared by the stages, process group, learning rate, counts, log, run folder."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from data import Batch, LlavaData
+
+
+class InputError(Exception):
+    """Something the user gave is wrong; the message says what, where, and what to do about it."""
+
+
+def cli(main: Callable[[], None]) -> None:
+    """Run a script's `main`; an InputError becomes one sentence on stderr and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------- command line
+
+
+def add_training_flags(
+    parser: argparse.ArgumentParser, lr: float, global_batch: int, source: str
+) -> argparse.ArgumentParser:
+    """The flags that every stage has, with the stage's own defaults; `source` says where those come from."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", required=True, help="training samples in LLaVA format, .json or .jsonl")
+    data.add_argument(
+        "--images", default=".", help="folder that image paths are relative to (default: %(default)s)"
+    )
+    data.add_argument(
+        "--max_len",
+        type=int,
+        default=2048,
+        metavar="T",
+        help="longest sequence in tokens, an image counts Np (default: %(default)s, as LLaVA-1.5)",
+    )
+    data.add_argument(
+        "--group_by_modality",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="image and text-only samples in batches of their own (default: yes, as LLaVA-1.5)",
+    )
+    data.add_argument(
+        "--skip_bad",
+        type=int,
+        default=0,
+        metavar="N",
+        help="go on without up to N unreadable images, counted and reported (default: 0: stop)",
+    )
+    data.add_argument("--workers", type=int, default=4, help="data processes per rank (default: %(default)s)")
+
+    train = parser.add_argument_group("training")
+    train.add_argument("--out", required=True, help="folder for the checkpoint and log.jsonl")
+    train.add_argument(
+        "--lr", type=float, default=lr, help=f"peak learning rate (default: %(default)s, {source})"
+    )
+    train.add_argument(
+        "--global_batch",
+        type=int,
+        default=global_batch,
+        metavar="G",
+        help=f"samples per optimizer step, all ranks together (default: %(default)s, {source})",
+    )
+    train.add_argument(
+        "--micro_batch",
+        type=int,
+        default=4,
+        metavar="M",
+        help="samples per rank per forward pass; what fits into memory (default: %(default)s)",
+    )
+    train.add_argument("--epochs", type=int, default=1, help="passes over the data (default: 1, the papers')")
+    train.add_argument(
+        "--max_steps", type=int, default=0, help="stop after this many steps (default: 0: no limit)"
+    )
+    train.add_argument(
+        "--warmup",
+        type=float,
+        default=0.03,
+        help="share of the steps spent warming up (default: %(default)s, LLaVA-1.5; cosine after that)",
+    )
+    train.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's (default: 0, LLaVA-1.5)")
+    train.add_argument(
+        "--max_grad_norm",
+        type=float,
+        default=1.0,
+        help="gradients are clipped to this norm (default: 1, as TinyLLaVA's trainer)",
+    )
+    train.add_argument(
+        "--seed", type=int, default=0, help="of the projector and the sample order (default: 0)"
+    )
+
+    system = parser.add_argument_group("system")
+    system.add_argument(
+        "--dtype",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="arithmetic of the forward passes; weights stay fp32 (default: bf16 on CUDA, else fp32)",
+    )
+    system.add_argument(
+        "--gradient_checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="recompute the student's layers in the backward pass (default: no)",
+    )
+    return parser
+
+
+# ---------------------------------------------------------------------------------- processes and devices
+
+
+class Run:
+    """One run of one stage: its process group, device, precision and folder.
+
+    `with Run(args, "dft") as run:` and then `run.finished` says whether OUT holds this very run, finished.
+    """
+
+    def __init__(self, args: argparse.Namespace, stage: str):
+        self.args, self.stage, self.out = args, stage, Path(args.out)
+
+    def __enter__(self) -> Run:
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        cuda = torch.cuda.is_available()
+        self.device = (
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        )
+        if cuda:
+            torch.cuda.set_device(self.device)
+        self.opened = not dist.is_initialized()  # a script that calls several stages keeps one group for all
+        if self.opened and "RANK" in os.environ:
+            dist.init_process_group("nccl" if cuda else "gloo")
+        elif self.opened:  # plain `python dft.py`: a group of one, so that there is one code path
+            dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        bf16 = self.args.dtype == "bf16" or (self.args.dtype == "auto" and cuda)
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self.accumulation, rest = divmod(self.args.global_batch, self.args.micro_batch * self.world)
+        if rest or not self.accumulation:
+            raise InputError(
+                f"--global_batch {self.args.global_batch} is not a multiple of --micro_batch "
+                f"{self.args.micro_batch} x {self.world} ranks = {self.args.micro_batch * self.world}"
+            )
+        self.finished = self._open_folder()
+        random.seed(self.args.seed)
+        torch.manual_seed(self.args.seed)
+        return self
+
+    def __exit__(self, error: type | None, *_: object) -> None:
+        if self.opened and (
+            error is None or self.world == 1
+        ):  # after an error the other ranks may never answer
+            dist.destroy_process_group()
+
+    @property
+    def main_rank(self) -> bool:
+        return self.rank == 0
+
+    def say(self, message: str) -> None:
+        if self.main_rank:
+            tqdm.write(message)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    # ------------------------------------------------------------------ the folder of the run
+
+    def identity(self) -> dict:
+        """What makes a run the same run: its flags, but for those that only change its speed."""
+        ignored = {"out", "workers", "micro_batch", "gradient_checkpointing"}
+        return {"stage": self.stage} | {k: v for k, v in vars(self.args).items() if k not in ignored}
+
+    def _open_folder(self) -> bool:
+        """True if the run is there and finished; an InputError if the folder belongs to a different run."""
+        path, identity = self.out / "run.json", json.loads(json.dumps(self.identity()))
+        if path.exists():
+            there = json.loads(path.read_text())
+            finished = there.pop("seconds", None) is not None
+            differing = sorted(k for k in there.keys() | identity.keys() if there.get(k) != identity.get(k))
+            if differing:
+                flags = "; ".join(f"{k}: {there.get(k)!r} there, {identity.get(k)!r} now" for k in differing)
+                raise InputError(
+                    f"--out {self.out} holds a different run ({flags}); choose another folder or delete it"
+                )
+            if finished:
+                self.say(f"{self.out}: this run is finished already")
+                return True
+        elif self.out.exists() and any(self.out.iterdir()):
+            raise InputError(
+                f"--out {self.out} is not empty and holds no run of this project; choose another folder"
+            )
+        return False
+
+    def _write_identity(self, seconds: float | None) -> None:
+        text = json.dumps(self.identity() | {"seconds": seconds}, indent=1)
+        (self.out / "run.json").write_text(text + "\n")
+
+    def finish(self, student: nn.Module) -> None:
+        """Save the student and mark the run as finished."""
+        self.bar.close()
+        if self.main_rank:
+            student.save(self.out)
+            self._write_identity(seconds=round(time.perf_counter() - self.started, 1))
+            self.say(
+                f"saved {self.out}" + (f"; {self.n_bad} unreadable samples left out" if self.n_bad else "")
+            )
+        dist.barrier()
+
+    def start(self, student: nn.Module, steps: int, data: LlavaData, note: str = "") -> None:
+        """All checks are done: take the folder, print the start-up summary, start the clock."""
+        dist.barrier()  # every rank has looked into the folder before one writes
+        if self.main_rank:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / "log.jsonl").write_text("")
+            self._write_identity(seconds=None)
+        used = steps * self.args.global_batch
+        self.say(
+            f"{self.stage}: {steps} steps of {self.args.global_batch} samples = {self.accumulation} x "
+            f"{self.args.micro_batch} x {self.world} rank(s), {str(self.dtype)[6:]} on {self.device.type}"
+        )
+        self.say(
+            f"  {len(data)} samples, {used} drawn"
+            + (
+                f"; {data.n_too_long} left out, their prompts are longer than --max_len"
+                if data.n_too_long
+                else ""
+            )
+        )
+        for name, part in student.named_children():
+            n = [sum(p.numel() for p in part.parameters() if p.requires_grad == on) for on in (True, False)]
+            self.say(f"  {name:22s} trained {n[0]:>13,d}   frozen {n[1]:>13,d}")
+        if note:
+            self.say(f"  {note}")
+        self.n_bad, self.started = 0, time.perf_counter()
+        self.clock = self.started
+        self.bar = tqdm(total=steps, desc=self.stage, disable=not self.main_rank, mininterval=1.0)
+
+    # ------------------------------------------------------------------ inside the loop
+
+    def count(self, micros: list[Batch], n_visual_tokens: int) -> Counts:
+        """Rows in the whole global batch: over this step's micro-batches and over all ranks."""
+        counts = sum(batch.counts(n_visual_tokens) for batch in micros).to(self.device)
+        dist.all_reduce(counts)
+        n = Counts(*counts.tolist())
+        self.n_bad += int(n.bad)
+        mine = [message for batch in micros for message in batch.bad]
+        for message in mine:
+            tqdm.write(f"unreadable, {self.n_bad} so far: {message}", file=sys.stderr)
+        if self.n_bad > self.args.skip_bad:
+            what = mine[0] if mine else f"{int(n.bad)} sample(s) of other ranks cannot be read"
+            raise InputError(
+                f"{what}; repair the data or allow more with --skip_bad (now {self.args.skip_bad})"
+            )
+        return n
+
+    def sync(self, ddp: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+        """Ranks exchange gradients on the last micro-batch of a step only."""
+        return contextlib.nullcontext() if last else ddp.no_sync()
+
+    def log(self, step: int, lr: float, losses: list[dict[str, Tensor]], tokens: float, norm: Tensor) -> None:
+        """One step's line in log.jsonl and on the bar from each micro-batch's share of the global means."""
+        stacked = [torch.stack([value.detach().double() for value in terms.values()]) for terms in losses]
+        values = torch.stack(stacked).sum(0)
+        dist.all_reduce(values)
+        now = time.perf_counter()
+        speed, self.clock = tokens / (now - self.clock), now
+        if self.main_rank:
+            terms = dict(zip(losses[0], values.tolist()))
+            line = {"step": step, "lr": lr} | terms | {"tokens_per_s": round(speed), "grad_norm": norm.item()}
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            self.bar.set_postfix({k: f"{v:.3f}" for k, v in terms.items()}, refresh=False)
+            self.bar.update()
+
+
+class Counts(NamedTuple):
+    """How many rows of each kind, images, tokens and unreadable samples a global batch has."""
+
+    response: float
+    visual: float
+    prompt: float
+    images: float
+    tokens: float
+    bad: float
+
+
+def set_lr(optimizer: torch.optim.Optimizer, step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear warm-up over ceil(warmup x steps) steps, then a cosine to zero; `step` counts from 0."""
+    n_warm = math.ceil(warmup * steps)
+    if step < n_warm:
+        lr = peak * (step + 1) / n_warm
+    else:
+        lr = peak * 0.5 * (1 + math.cos(math.pi * (step - n_warm) / max(steps - n_warm, 1)))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr

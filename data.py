@@ -1,0 +1,349 @@
+"""LLaVA-format JSON -> batches: reading and checking samples, the chat template and its mask, batches.
+
+A sample is `{"id", "image": path or [paths], "conversations": [{"from": "human"|"gpt", "value"}, ...]}`;
+text-only samples have no `image`, and every `<image>` in the conversation stands for one image, in order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import LlavaProcessor
+
+from common import InputError, Run
+from model import IMAGE_TOKEN
+
+IGNORE = -100  # label of a position whose token is given, not predicted
+ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+
+
+# ---------------------------------------------------------------------------------- records
+
+
+def read_records(path: str | Path) -> list[tuple[str, dict]]:
+    """The records of a .json (one list) or .jsonl (one object a line) file, each with where it stands."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read the data file {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); is it a JSON file?") from None
+    if str(path).endswith(".jsonl"):
+        pieces = [(f"{path} line {k}", line) for k, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return [(where, _parse(where, piece)) for where, piece in pieces]
+    records = _parse(str(path), text)
+    if not isinstance(records, list):
+        raise InputError(f"{path} holds a JSON {type(records).__name__}, not a list of samples")
+    return [(f"{path} sample {i}", record) for i, record in enumerate(records)]
+
+
+def _parse(where: str, text: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where} is not valid JSON: {error}") from None
+    except RecursionError:
+        raise InputError(f"{where} is not valid JSON: it is nested too deeply") from None
+
+
+def check_sample(where: str, record: object, image_root: str) -> tuple[list[dict], list[str]]:
+    """A LLaVA record -> (chat messages, image paths), or an InputError that says what is wrong with it."""
+    if not isinstance(record, dict):
+        raise InputError(f"{where} is a JSON {type(record).__name__}, not a sample object")
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise InputError(f"{where} has no 'conversations' list of turns")
+    messages, n_markers = [], 0
+    for k, turn in enumerate(turns):
+        role = ROLES.get(turn.get("from")) if isinstance(turn, dict) else None
+        if role is None or not isinstance(turn.get("value"), str):
+            raise InputError(f"{where}, turn {k}, needs 'from' (human, gpt or system) and 'value' (a string)")
+        expected = ("user", "assistant")[len([m for m in messages if m["role"] != "system"]) % 2]
+        if role != expected and not (role == "system" and k == 0):
+            raise InputError(
+                f"{where}, turn {k}, is '{turn['from']}': turns must go human, gpt, human, gpt, ..."
+            )
+        count = turn["value"].count(IMAGE_TOKEN)
+        if count and role != "user":
+            raise InputError(
+                f"{where}, turn {k}, has {IMAGE_TOKEN} in a {turn['from']} turn; only human turns may"
+            )
+        n_markers += count
+        text = {"type": "text", "text": turn["value"].replace(IMAGE_TOKEN, "").strip()}
+        messages.append({"role": role, "content": [{"type": "image"}] * count + [text]})
+    if messages[-1]["role"] != "assistant":
+        raise InputError(f"{where} does not end with a 'gpt' turn: there is no answer to learn")
+    return messages, check_images(where, record.get("image"), n_markers, image_root)
+
+
+def check_images(where: str, images: object, n_markers: int, image_root: str) -> list[str]:
+    """The record's image paths, inside `image_root`, existing, and as many as there are `<image>` markers."""
+    images = [] if images is None else [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(p, str) and p for p in images):
+        raise InputError(f"{where}: 'image' must be a path or a list of paths")
+    if len(images) != n_markers:
+        raise InputError(f"{where} has {n_markers} {IMAGE_TOKEN} marker(s) and {len(images)} image(s)")
+    for path in images:
+        inside = os.path.relpath(os.path.normpath(os.path.join(image_root, path)), image_root)
+        if os.path.isabs(path) or "\0" in path or inside.startswith(".."):
+            raise InputError(f"{where}: image path {path!r} leaves the image folder {image_root}")
+    return images
+
+
+def load_image(where: str, image_root: str, path: str) -> Image.Image:
+    """The image as RGB, upright; an InputError names the sample and the file."""
+    full = os.path.realpath(os.path.join(image_root, path))
+    if not full.startswith(os.path.join(os.path.realpath(image_root), "")):
+        raise InputError(f"{where}: image {path} leaves the image folder {image_root} through a link")
+    try:
+        with Image.open(full) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"{where}: image {full} does not exist") from None
+    except Exception as error:  # Pillow raises whatever its decoders do
+        raise InputError(f"{where}: image {full} cannot be read ({error})") from None
+
+
+# ---------------------------------------------------------------------------------- one sample -> token ids
+
+
+class Encoder:
+    """Messages -> token ids and labels, through the tokenizer's chat template."""
+
+    def __init__(
+        self, processor: LlavaProcessor, n_visual_tokens: int, max_len: int, caption_only: bool = False
+    ):
+        self.tokenizer, self.n_visual, self.max_len = processor.tokenizer, n_visual_tokens, max_len
+        self.caption_only = caption_only
+        self.image_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        if "generation %}" not in (self.tokenizer.chat_template or ""):
+            raise InputError(
+                "the student's chat template has no {% generation %} block, so its answers cannot be told "
+                "from its prompts; start from a checkpoint made here or add the block to its template"
+            )
+
+    def __call__(self, messages: list[dict]) -> tuple[list[int], list[int], int]:
+        """(token ids, labels, number of images), at most `max_len` long and no image cut in two.
+
+        Labels are the ids of the answers and their end tokens, IGNORE elsewhere. A conversation that is too
+        long ends early: before the first image that does not fit whole, else in the middle of a text.
+        """
+        if self.caption_only:
+            pieces, answers = self._caption(messages)
+        else:
+            coded = self.tokenizer.apply_chat_template(
+                messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+            pieces, answers = coded["input_ids"], coded["assistant_masks"]
+        ids, labels, n_images = [], [], 0
+        for token, answer in zip(pieces, answers):
+            width = self.n_visual if token == self.image_id else 1
+            if len(ids) + width > self.max_len:
+                break
+            ids += [token] * width
+            labels += [token if answer else IGNORE] * width
+            n_images += token == self.image_id
+        return ids, labels, n_images
+
+    def _caption(self, messages: list[dict]) -> tuple[list[int], list[int]]:
+        """Pre-training reads `<image>` and the caption alone, as LLaVA's: the question is left out."""
+        images = [self.image_id for m in messages for part in m["content"] if part["type"] == "image"]
+        caption = " ".join(m["content"][-1]["text"] for m in messages if m["role"] == "assistant")
+        text = self.tokenizer(caption, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
+        return images + text, [0] * len(images) + [1] * len(text)
+
+    def fits(self, messages: list[dict]) -> bool:
+        """Whether at least one answer token fits into `max_len`. Tokenizes only where sizes leave doubt."""
+        first = next(k for k, m in enumerate(messages) if m["role"] == "assistant")
+        before = messages if self.caption_only else messages[:first]
+        n_images = sum(part["type"] == "image" for m in before for part in m["content"])
+        n_bytes = sum(len(m["content"][-1]["text"].encode()) for m in before)  # a token has at least one byte
+        if n_bytes + n_images * (self.n_visual + 2) + 16 * (first + 1) <= self.max_len:
+            return True
+        return any(label != IGNORE for label in self(messages)[1])
+
+
+# ---------------------------------------------------------------------------------- batches
+
+
+@dataclass
+class Batch:
+    """Padded on the right. `attention_mask` comes from the lengths, never from comparing ids with pad."""
+
+    input_ids: Tensor  # (B, T)
+    attention_mask: Tensor  # (B, T) 1 where there is a token
+    labels: Tensor  # (B, T) IGNORE where the token is given
+    visual: Tensor  # (B, T) True at image tokens: the rows of Eqs. (3)-(5), unshifted
+    pixel_values: Tensor  # (n, 3, H, W), the batch's images in reading order; n may be 0
+    teacher_pixel_values: Tensor | None  # the same prepared for a teacher with another tower
+    names: list[str]  # where each sample comes from
+    bad: list[str]  # what was wrong with samples that could not be read
+
+    def to(self, device: torch.device) -> Batch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(
+            **{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()}
+        )
+
+    def pin_memory(self) -> Batch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in values.items()})
+
+    @property
+    def targets(self) -> Tensor:
+        """(B, T): what each position predicts, the label to its right. Nothing is shifted anywhere else."""
+        return torch.cat([self.labels[:, 1:], torch.full_like(self.labels[:, :1], IGNORE)], dim=1)
+
+    @property
+    def response(self) -> Tensor:
+        """(B, T): positions that predict an answer token, the rows of Eqs. (1) and (2)."""
+        return self.targets != IGNORE
+
+    @property
+    def prompt(self) -> Tensor:
+        """(B, T): text positions that predict a given text token."""
+        is_text = self.attention_mask.bool() & ~self.visual
+        next_is_text = torch.cat([is_text[:, 1:], torch.zeros_like(is_text[:, :1])], dim=1)
+        return is_text & next_is_text & ~self.response
+
+    def counts(self, n_visual_tokens: int) -> Tensor:
+        """(6,): response, visual and prompt rows, images, tokens, unreadable samples."""
+        visual = self.visual.sum()
+        sums = [
+            self.response.sum(),
+            visual,
+            self.prompt.sum(),
+            visual // n_visual_tokens,
+            self.attention_mask.sum(),
+        ]
+        return torch.stack([*sums, torch.tensor(len(self.bad))]).double()
+
+
+class LlavaData(Dataset):
+    """Checked samples of one data file."""
+
+    def __init__(self, path: str, image_root: str, encoder: Encoder, processors: list, skip_bad: int = 0):
+        self.image_root, self.encoder, self.skip_bad = image_root, encoder, skip_bad
+        self.image_processors = [
+            p.image_processor for p in processors
+        ]  # the student's; the teacher's if it differs
+        self.samples = []
+        records = read_records(path)
+        self.n_too_long = 0
+        for where, record in records:
+            messages, images = check_sample(where, record, image_root)
+            for image in () if skip_bad else images:
+                if not os.path.exists(os.path.join(image_root, image)):
+                    raise InputError(f"{where}: image {os.path.join(image_root, image)} does not exist")
+            name = f"{where} (id {record.get('id')})"
+            if encoder.fits(messages):
+                self.samples.append((name, messages, images))
+            else:
+                self.n_too_long += 1
+        if not self.samples:
+            raise InputError(
+                f"{path}: no training sample is left, {self.n_too_long} of {len(records)} have a prompt "
+                f"longer than --max_len {encoder.max_len} (an image takes {encoder.n_visual} tokens)"
+            )
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def length(self, i: int) -> int:
+        """About how many tokens sample `i` has, for grouping."""
+        _, messages, images = self.samples[i]
+        n_bytes = sum(len(part["text"]) for m in messages for part in m["content"] if part["type"] == "text")
+        return min(n_bytes // 4 + len(images) * self.encoder.n_visual, self.encoder.max_len)
+
+    def __getitem__(self, i: int) -> dict:
+        name, messages, paths = self.samples[i]
+        ids, labels, n_images = self.encoder(messages)
+        try:
+            images = [load_image(name, self.image_root, path) for path in paths[:n_images]]
+            pixels = [
+                p(images, return_tensors="pt")["pixel_values"] if images else None
+                for p in self.image_processors
+            ]
+        except InputError as error:
+            # One token without a label keeps the batch's shape; `Run.count` stops or counts the sample.
+            eos = self.encoder.tokenizer.eos_token_id
+            return {"name": name, "ids": [eos], "labels": [IGNORE], "pixels": [None], "bad": str(error)}
+        return {"name": name, "ids": ids, "labels": labels, "pixels": pixels, "bad": None}
+
+    def collate(self, samples: list[dict]) -> Batch:
+        length = max(len(s["ids"]) for s in samples)
+        pad = self.encoder.tokenizer.pad_token_id
+        input_ids = torch.full((len(samples), length), pad)
+        labels = torch.full_like(input_ids, IGNORE)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, s in enumerate(samples):
+            n = len(s["ids"])
+            input_ids[row, :n], labels[row, :n] = torch.tensor(s["ids"]), torch.tensor(s["labels"])
+            attention_mask[row, :n] = 1
+        pixels = [self._stack(k, samples) for k in range(len(self.image_processors))]
+        return Batch(
+            input_ids,
+            attention_mask,
+            labels,
+            (input_ids == self.encoder.image_id) & attention_mask.bool(),
+            pixels[0],
+            pixels[1] if len(pixels) > 1 else None,
+            [s["name"] for s in samples],
+            [s["bad"] for s in samples if s["bad"]],
+        )
+
+    def _stack(self, k: int, samples: list[dict]) -> Tensor:
+        images = [s["pixels"][k] for s in samples if s["pixels"][0] is not None]
+        size = self.image_processors[k].size
+        side = size.get("height") or size.get("shortest_edge")
+        return torch.cat(images) if images else torch.zeros(0, 3, side, side)  # (n, 3, H, W)
+
+
+def schedule(data: LlavaData, args: argparse.Namespace) -> list[list[int]]:
+    """The samples of every optimizer step of the run. Depends on data, seed and batch size only."""
+    epochs = (global_batches(data, args.global_batch, f"{args.seed}/{e}", args.group_by_modality)
+              for e in range(args.epochs))  # fmt: skip
+    steps = [batch for epoch in epochs for batch in epoch][: args.max_steps or None]
+    if not steps:
+        raise InputError(
+            f"{args.data} has {len(data)} usable samples, fewer than one --global_batch {args.global_batch}"
+        )
+    return steps
+
+
+def global_batches(data: LlavaData, size: int, seed: str, group_by_modality: bool) -> list[list[int]]:
+    """One epoch as lists of `size` sample indices, the longest first.
+
+    As in LLaVA-1.5, a batch is all images or all text; what is left over of both is mixed, and what does
+    not fill a batch is left out. Sorted batches give micro-batches of similar lengths.
+    """
+    order, rng = list(range(len(data))), random.Random(seed)
+    rng.shuffle(order)
+    with_images = [i for i in order if data.samples[i][2]]
+    text_only = [i for i in order if not data.samples[i][2]]
+    batches, rest = [], []
+    for group in [with_images, text_only] if group_by_modality else [order]:
+        whole = len(group) - len(group) % size
+        batches += [group[k : k + size] for k in range(0, whole, size)]
+        rest += group[whole:]
+    batches += [rest[k : k + size] for k in range(0, len(rest) - size + 1, size)]
+    rng.shuffle(batches)
+    return [sorted(batch, key=data.length, reverse=True) for batch in batches]
+
+
+def micro_batches(data: LlavaData, steps: list[list[int]], run: Run) -> Iterator[Batch]:
+    """This rank's micro-batches, `run.accumulation` a step; all ranks get similar lengths."""
+    size, stride = run.args.micro_batch, run.args.micro_batch * run.world
+    mine = [batch[k + run.rank * size :][:size] for batch in steps for k in range(0, len(batch), stride)]
+    return iter(DataLoader(data, batch_sampler=mine, collate_fn=data.collate, num_workers=run.args.workers,
+                           pin_memory=run.device.type == "cuda"))  # fmt: skip

@@ -1,0 +1,136 @@
+"""Distilled Fine-Tuning: the third stage of LLaVA-KD (§3.3.2, Eq. 7, arXiv 2410.16236v1).
+
+Trained: projector and LLM of the student. Frozen: vision tower, and the whole teacher.
+Departures: the sums over tokens in Eqs. 2-3 are means over the rows of the global batch.
+
+    torchrun --nproc_per_node 8 dft.py --student out/sft --teacher TEACHER \\
+        --data llava_v1_5_mix665k.json --images IMAGES --out out/dft
+"""
+
+import argparse
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from common import Run, add_training_flags, cli, set_lr
+from data import Encoder, LlavaData, micro_batches, schedule
+from losses import (
+    Head,
+    autoregressive_loss,
+    dft_objective,
+    prompt_kl,
+    response_kl,
+    token_losses,
+    visual_kl,
+    visual_relation,
+)
+from model import Llava
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    models = parser.add_argument_group("models")
+    models.add_argument("--student", required=True, help="LLaVA checkpoint to train, hub name or folder")
+    models.add_argument("--teacher", required=True, help="LLaVA checkpoint to learn from, hub name or folder")
+    loss = parser.add_argument_group("objective")
+    loss.add_argument(
+        "--targets",
+        nargs="*",
+        choices=("response", "visual", "prompt"),
+        default=["response", "visual"],
+        help="rows whose distribution is distilled, MDist (default: response visual, KD Table 4)",
+    )
+    loss.add_argument("--alpha", type=float, default=1.0, help="weight of L_res (default: 1, KD §4.1)")
+    loss.add_argument("--beta", type=float, default=1.0, help="weight of L_vis (default: 1, KD §4.1)")
+    loss.add_argument(
+        "--gamma", type=float, default=0.5, help="weight of L_rel, RDist; 0 is off (default: 0.5, KD §4.1)"
+    )
+    loss.add_argument("--delta", type=float, default=1.0, help="weight of the prompt's KL (default: 1, ours)")
+    return add_training_flags(parser, lr=2e-5, global_batch=128, source="KD §4.1").parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    weights = {"response": args.alpha, "visual": args.beta, "prompt": args.delta}
+    alpha, beta, delta = (w * (target in args.targets) for target, w in weights.items())
+    with Run(args, "dft") as run:
+        if run.finished:
+            return
+
+        # ---- models, and what is trained
+        student = Llava.from_checkpoint(args.student).to(run.device)
+        teacher = Llava.from_checkpoint(args.teacher, run.dtype).to(run.device).eval()
+        student.check_teacher(teacher)
+        shared = student.shares_encoder(teacher)
+        student.requires_grad_(True).vision_tower.requires_grad_(False)
+        teacher.requires_grad_(False)
+        trained = [p for p in student.parameters() if p.requires_grad]
+        if args.gradient_checkpointing:
+            student.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        ddp = DistributedDataParallel(
+            student.train(), forward_sync_buffers=False, gradient_as_bucket_view=True
+        )
+
+        # ---- data
+        encoder = Encoder(student.processor, student.n_visual_tokens, args.max_len)
+        processors = [student.processor] if shared else [student.processor, teacher.processor]
+        data = LlavaData(args.data, args.images, encoder, processors, args.skip_bad)
+        steps = schedule(data, args)
+        batches = micro_batches(data, steps, run)
+
+        # ---- the loop
+        optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
+        run.start(student, len(steps), data, f"teacher {args.teacher}" + ", encoder shared" * shared)
+        for step in range(len(steps)):
+            lr = set_lr(optimizer, step, len(steps), args.lr, args.warmup)
+            micros = [next(batches) for _ in range(run.accumulation)]
+            n = run.count(micros, student.n_visual_tokens)  # rows in the global batch
+            losses = []
+            for k, batch in enumerate(micros):
+                with run.sync(ddp, last=k == run.accumulation - 1):
+                    batch = batch.to(run.device)
+                    with run.autocast():
+                        z = student.encode_images(batch.pixel_values)  # (n, Np, C)
+                        h_s = ddp(batch.input_ids, batch.attention_mask, z)  # (B, T, D_s)
+                        with torch.no_grad():
+                            z_t = z if shared else teacher.encode_images(batch.teacher_pixel_values)
+                            h_t = teacher(batch.input_ids, batch.attention_mask, z_t)  # (B, T, D_t)
+
+                    # ---- Eq. (7), on the rows that some loss reads
+                    read = (
+                        batch.response | batch.visual * bool(beta) | batch.prompt * bool(delta)
+                    )  # (B, T), N True
+                    s = Head(h_s[read].to(run.dtype), student.lm_head.weight)
+                    t = Head(h_t[read].to(run.dtype), teacher.lm_head.weight)
+                    w_res = batch.response[read] / max(n.response, 1)  # (N,) means over the global batch
+                    l_reg, l_res, l_vis, l_prompt = token_losses(s, [
+                        (autoregressive_loss, batch.targets[read], w_res),
+                        (response_kl, t, w_res),
+                        (visual_kl, t, batch.visual[read] / max(n.visual, 1)),
+                        (prompt_kl, t, batch.prompt[read] / max(n.prompt, 1)),
+                    ])  # fmt: skip
+                    l_rel = h_s.new_zeros(())
+                    if args.gamma:
+                        per_image = (len(z), student.n_visual_tokens)  # (n, Np)
+                        l_rel = visual_relation(
+                            Head(h_s[batch.visual].unflatten(0, per_image), student.lm_head.weight),
+                            Head(h_t[batch.visual].unflatten(0, per_image), teacher.lm_head.weight),
+                            weights=1 / max(n.images, 1),
+                        )
+                    loss = (
+                        dft_objective(l_reg, l_res, l_vis, l_rel, alpha, beta, args.gamma) + delta * l_prompt
+                    )
+                    (run.world * loss).backward()  # DDP averages over ranks; the weights above already did
+                terms = {"l_reg": l_reg, "l_res": l_res, "l_vis": l_vis, "l_rel": l_rel, "l_prompt": l_prompt}
+                losses.append({"loss": loss} | terms)
+            norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            run.log(step, lr, losses, n.tokens, norm)
+        run.finish(student)
+
+
+if __name__ == "__main__":
+    cli(main)

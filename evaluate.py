@@ -1,0 +1,299 @@
+"""Answers and scores: batched greedy generation for a questions file, with the stock model and processor.
+
+    python evaluate.py --model out/dft --questions pope.jsonl --images IMAGES --metric pope
+    python evaluate.py --model out/sft out/dft --questions q.jsonl --images IMAGES --sample 8
+
+Questions are JSONL: `question_id`, `text`, `image` (a path, a list of paths, or absent), the reference in
+`label` (a string) or `answers` (a list, for vqa), `options` (a list, for choice) and `category`, each where
+it applies. POPE's own files are in this form. What answers is `LlavaForConditionalGeneration` as others run
+it, not a model of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import textwrap
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from common import InputError, cli
+from data import check_images, load_image, read_records
+from model import IMAGE_TOKEN
+
+# ---------------------------------------------------------------------------------- questions and answers
+
+
+def read_questions(path: str, image_root: str, reference: str | None) -> list[dict]:
+    """Checked questions; every one has the field `reference`, if a metric needs one. `images` is a list."""
+    questions = []
+    for where, q in read_records(path):
+        if not isinstance(q, dict) or not isinstance(q.get("text"), str):
+            raise InputError(f"{where} is not a question: it needs 'text' (a string)")
+        if reference and reference not in q:
+            raise InputError(f"{where} has no '{reference}', which this metric compares the answer with")
+        text = q["text"].replace(IMAGE_TOKEN, "").strip()
+        n_images = len(q["image"]) if isinstance(q.get("image"), list) else int("image" in q)
+        images = check_images(where, q.get("image"), q["text"].count(IMAGE_TOKEN) or n_images, image_root)
+        questions.append(q | {"text": text, "images": images, "where": where})
+    if not questions:
+        raise InputError(f"{path} holds no question")
+    return questions
+
+
+@torch.inference_mode()
+def generate(
+    model_path: str,
+    questions: list[dict],
+    image_root: str,
+    suffix: str = "",
+    batch_size: int = 16,
+    max_new_tokens: int = 128,
+    dtype: str = "auto",
+) -> list[str]:
+    """The model's greedy answer to every question, in the questions' order."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch_dtype = (
+        torch.bfloat16 if dtype == "bf16" or (dtype == "auto" and device == "cuda") else torch.float32
+    )
+    model = LlavaForConditionalGeneration.from_pretrained(model_path, dtype=torch_dtype).to(device).eval()
+    processor = AutoProcessor.from_pretrained(model_path)
+    processor.tokenizer.padding_side = "left"  # so that every row's answer starts at the same place
+    order = sorted(
+        range(len(questions)), key=lambda i: (len(questions[i]["images"]), len(questions[i]["text"]))
+    )
+    answers = [""] * len(questions)
+    for k in tqdm(range(0, len(order), batch_size), desc=f"answers of {model_path}"):
+        picked = [questions[i] for i in order[k : k + batch_size]]
+        images = [load_image(q["where"], image_root, path) for q in picked for path in q["images"]]
+        prompts = []
+        for q in picked:
+            content = [{"type": "image"}] * len(q["images"]) + [{"type": "text", "text": q["text"] + suffix}]
+            turn = [{"role": "user", "content": content}]
+            prompts.append(processor.apply_chat_template(turn, add_generation_prompt=True))
+        inputs = processor(images=images or None, text=prompts, padding=True, return_tensors="pt").to(device)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(torch_dtype)
+        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        for i, answer in zip(
+            order[k : k + batch_size], processor.batch_decode(new, skip_special_tokens=True)
+        ):
+            answers[i] = answer.strip()
+    return answers
+
+
+# ---------------------------------------------------------------------------------- metrics
+# Each: (questions, answers) -> scores in percent, "accuracy" first.
+
+
+def exact_match(questions: list[dict], answers: list[str]) -> dict:
+    """Share of answers equal to `label` but for case, outer blanks and a final full stop."""
+    plain = lambda s: s.strip().rstrip(".").lower()  # noqa: E731
+    return by_category(
+        questions, [float(plain(a) == plain(str(q["label"]))) for q, a in zip(questions, answers)]
+    )
+
+
+def by_category(questions: list[dict], points: list[float]) -> dict:
+    """The mean of `points`, over all questions and over those of each `category`."""
+    groups = defaultdict(list)
+    for q, point in zip(questions, points):
+        groups[str(q.get("category", "all"))].append(point)
+    mean = lambda values: 100 * sum(values) / len(values)  # noqa: E731
+    return {"accuracy": mean(points), "by_category": {c: mean(groups[c]) for c in sorted(groups)}}
+
+
+def multiple_choice(questions: list[dict], answers: list[str]) -> dict:
+    """Share of answers that name the option `label` (a letter): by letter, "the answer is B", or its text."""
+    points = []
+    for q, answer in zip(questions, answers):
+        found = re.match(r"\(?([A-Z])\)?(?:[.:,)]|\s|$)", answer.strip()) or re.search(
+            r"answer is:?\s*\(?([A-Z])\b", answer
+        )
+        choice = found.group(1) if found else None
+        for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", q.get("options", [])):
+            if answer.strip().rstrip(".").lower() == str(option).strip().rstrip(".").lower():
+                choice = letter
+        points.append(float(choice == q["label"]))
+    return by_category(questions, points)
+
+
+def pope(questions: list[dict], answers: list[str]) -> dict:
+    """POPE's scores, "yes" being the positive class. As in its own script, the first sentence is read, and
+    an answer is "no" if that contains the word "no" or "not", else "yes".
+    """
+    tp = fp = tn = fn = 0
+    for q, answer in zip(questions, answers):
+        words = answer.split(".")[0].replace(",", "").lower().split()
+        yes, truth = not ("no" in words or "not" in words), str(q["label"]).lower() == "yes"
+        tp, fp = tp + (yes and truth), fp + (yes and not truth)
+        tn, fn = tn + (not yes and not truth), fn + (not yes and truth)
+    precision, recall = tp / max(tp + fp, 1), tp / max(tp + fn, 1)
+    return {
+        "accuracy": 100 * (tp + tn) / len(questions),
+        "precision": 100 * precision,
+        "recall": 100 * recall,
+        "f1": 100 * 2 * precision * recall / max(precision + recall, 1e-12),
+        "yes_ratio": 100 * (tp + fp) / len(questions),
+    }
+
+
+def vqa(questions: list[dict], answers: list[str]) -> dict:
+    """VQA soft accuracy: an answer counts min(1, humans who gave it / 3), averaged over all subsets that
+    leave one of the (ten) humans out. Both sides are normalised; the official script leaves unanimous
+    references as they are.
+    """
+    points = []
+    for q, answer in zip(questions, answers):
+        given, humans = normalize_vqa(answer), [normalize_vqa(str(h)) for h in q["answers"]]
+        same = [human == given for human in humans]
+        points.append(sum(min(1.0, (sum(same) - me) / 3) for me in same) / len(same))
+    return by_category(questions, points)
+
+
+NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
+                   "0 0 1 2 3 4 5 6 7 8 9 10".split()))  # fmt: skip
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+CONTRACTED = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
+    he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've
+    mustn't must've needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've
+    somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd
+    something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll they're
+    they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's
+    where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've
+    y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
+# Every spelling with one of the apostrophes missing.
+CONTRACTIONS = {w[:i] + w[i + 1 :]: w for w in CONTRACTED for i, letter in enumerate(w) if letter == "'"}
+
+
+def normalize_vqa(text: str) -> str:
+    """The official VQA normalisation: punctuation, number words, articles, contractions."""
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    out = text
+    for p in PUNCTUATION:
+        removed = p + " " in text or " " + p in text or re.search(r"\d,\d", text)
+        out = out.replace(p, "" if removed else " ")
+    out = re.sub(r"\.(?!\d)", "", out)
+    words = [NUMBERS.get(w, w) for w in out.lower().split()]
+    return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in ("a", "an", "the"))
+
+
+METRICS = {"exact": (exact_match, "label"), "choice": (multiple_choice, "label"), "pope": (pope, "label"),
+           "vqa": (vqa, "answers"), "none": (None, None)}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------- pictures
+
+
+def draw_sample(path: Path, questions: list[dict], answers: dict[str, list[str]], image_root: str) -> None:
+    """Images with question, reference and every model's answer, as in KD's Fig. 3; right answers green."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    columns = min(4, len(questions))
+    rows = -(-len(questions) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 4.2 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for k, (q, axis) in enumerate(zip(questions, axes.flat)):
+        if q["images"]:
+            axis.imshow(load_image(q["where"], image_root, q["images"][0]), interpolation="nearest")
+        reference = str(q.get("label", "; ".join(map(str, q.get("answers", [])))))
+        axis.set_title(_wrap(q["text"]), fontsize=10, loc="left")
+        lines = [("reference", reference, "black")]
+        for name, given in answers.items():
+            right = given[k].strip().lower() == reference.strip().lower()
+            lines.append((name, given[k], "#15803d" if right else "#b91c1c"))
+        y = -0.04
+        for name, text, color in lines:
+            text = _wrap(f"{name}: {text}")
+            axis.text(0, y, text, transform=axis.transAxes, fontsize=9, color=color, va="top")
+            y -= 0.075 * (text.count("\n") + 1)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _wrap(text: str, width: int = 42) -> str:
+    text = "".join(c if c.isprintable() else " " for c in text).replace("$", r"\$")
+    return textwrap.fill(textwrap.shorten(text, 4 * width, placeholder=" ..."), width)
+
+
+# ---------------------------------------------------------------------------------- command line
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_argument_group("what")
+    what.add_argument("--model", nargs="+", required=True, help="LLaVA checkpoints, hub names or folders")
+    what.add_argument("--questions", required=True, help="questions, .jsonl")
+    what.add_argument(
+        "--images", default=".", help="folder that image paths are relative to (default: %(default)s)"
+    )
+    what.add_argument(
+        "--metric", choices=METRICS, default="exact", help="how to score (default: %(default)s)"
+    )
+    what.add_argument("--suffix", default="", help="added to every question, such as '\\nAnswer the "
+                      "question using a single word or phrase.' of LLaVA-1.5 (default: nothing)")  # fmt: skip
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--out", default="out/eval", help="folder for answers, scores, picture (default: %(default)s)"
+    )
+    how.add_argument(
+        "--sample", type=int, default=0, metavar="N", help="draw the first N questions (default: 0)"
+    )
+    how.add_argument("--batch", type=int, default=16, help="questions at a time (default: %(default)s)")
+    how.add_argument("--max_new_tokens", type=int, default=128, help="longest answer (default: %(default)s)")
+    how.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto",
+                     help="weights and arithmetic (default: bf16 on CUDA, else fp32)")  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict]:
+    args = parse_args(argv)
+    metric, reference = METRICS[args.metric]
+    questions = read_questions(args.questions, args.images, reference)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    names = {path: os.path.basename(os.path.normpath(path)) for path in args.model}
+    if len(set(names.values())) < len(names):
+        names = {path: path.strip("/.").replace("/", "_") for path in args.model}
+    scores, answers = {}, {}
+    for path, name in names.items():
+        answers[name] = generate(path, questions, args.images, args.suffix.replace("\\n", "\n"), args.batch,
+                                 args.max_new_tokens, args.dtype)  # fmt: skip
+        with open(out / f"{name}.jsonl", "w") as file:
+            for k, (q, answer) in enumerate(zip(questions, answers[name])):
+                line = {
+                    "question_id": q.get("question_id", k),
+                    "prompt": q["text"],
+                    "text": answer,
+                    "model_id": path,
+                }
+                file.write(json.dumps(line) + "\n")
+        if metric:
+            scores[name] = metric(questions, answers[name])
+            flat = {k: v for k, v in scores[name].items() if k != "by_category"} | scores[name].get(
+                "by_category", {}
+            )
+            print(f"{name}: " + ", ".join(f"{key} {value:.1f}" for key, value in flat.items()))
+    (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+    if args.sample:
+        draw_sample(out / "sample.png", questions[: args.sample], answers, args.images)
+    return scores
+
+
+if __name__ == "__main__":
+    cli(main)

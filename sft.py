@@ -1,0 +1,81 @@
+"""Supervised Fine-Tuning: the second stage of LLaVA-KD (§3.3.2, Eq. 1, arXiv 2410.16236v1).
+
+Trained: projector and LLM. Frozen: vision tower. The teacher is made with this very script too (§3.2).
+
+    torchrun --nproc_per_node 8 sft.py --student out/dpt \
+        --data llava_v1_5_mix665k.json --images IMAGES --out out/sft
+"""
+
+import argparse
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from common import Run, add_training_flags, cli, set_lr
+from data import Encoder, LlavaData, micro_batches, schedule
+from losses import Head, autoregressive_loss, token_losses
+from model import Llava
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    models = parser.add_argument_group("models")
+    models.add_argument("--student", required=True, help="LLaVA checkpoint to train, hub name or folder")
+    return add_training_flags(parser, lr=2e-5, global_batch=128, source="KD §4.1").parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    with Run(args, "sft") as run:
+        if run.finished:
+            return
+
+        # ---- models, and what is trained
+        student = Llava.from_checkpoint(args.student).to(run.device)
+        student.requires_grad_(True).vision_tower.requires_grad_(False)
+        trained = [p for p in student.parameters() if p.requires_grad]
+        if args.gradient_checkpointing:
+            student.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        ddp = DistributedDataParallel(
+            student.train(), forward_sync_buffers=False, gradient_as_bucket_view=True
+        )
+
+        # ---- data
+        encoder = Encoder(student.processor, student.n_visual_tokens, args.max_len)
+        data = LlavaData(args.data, args.images, encoder, [student.processor], args.skip_bad)
+        steps = schedule(data, args)
+        batches = micro_batches(data, steps, run)
+
+        # ---- the loop
+        optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
+        run.start(student, len(steps), data)
+        for step in range(len(steps)):
+            lr = set_lr(optimizer, step, len(steps), args.lr, args.warmup)
+            micros = [next(batches) for _ in range(run.accumulation)]
+            n = run.count(micros, student.n_visual_tokens)  # rows in the global batch
+            losses = []
+            for k, batch in enumerate(micros):
+                with run.sync(ddp, last=k == run.accumulation - 1):
+                    batch = batch.to(run.device)
+                    with run.autocast():
+                        z = student.encode_images(batch.pixel_values)  # (n, Np, C)
+                        h = ddp(batch.input_ids, batch.attention_mask, z)  # (B, T, D)
+
+                    # ---- Eq. (1), on the rows that predict an answer token
+                    read = batch.response  # (B, T), N of them True
+                    s = Head(h[read].to(run.dtype), student.lm_head.weight)
+                    w_res = read[read] / max(n.response, 1)  # (N,) mean over the global batch
+                    (loss,) = token_losses(s, [(autoregressive_loss, batch.targets[read], w_res)])
+                    (run.world * loss).backward()  # DDP averages over ranks; the weights above already did
+                losses.append({"loss": loss})
+            norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            run.log(step, lr, losses, n.tokens, norm)
+        run.finish(student)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,132 @@
+"""Tiny models and data that every test shares, and the two ways to start a stage."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoTokenizer,
+    LlavaConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+ROOT = Path(__file__).parent.parent
+NP = 4  # visual tokens of the tests' tower: 16 x 16 pixels in patches of 8
+torch.set_num_threads(2)
+
+
+def vision_config() -> SiglipVisionConfig:
+    return SiglipVisionConfig(image_size=16, patch_size=8, hidden_size=16, intermediate_size=32,
+                              num_hidden_layers=3, num_attention_heads=2, vision_use_head=False)  # fmt: skip
+
+
+def text_config(width: int = 16, vocab: int = 448, tied: bool = True) -> Qwen2Config:
+    return Qwen2Config(vocab_size=vocab, hidden_size=width, intermediate_size=32, num_hidden_layers=2,
+                       num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
+                       tie_word_embeddings=tied, eos_token_id=371, pad_token_id=371,
+                       bos_token_id=None)  # fmt: skip
+
+
+def llava_config(**text: object) -> LlavaConfig:
+    return LlavaConfig(vision_config=vision_config(), text_config=text_config(**text), image_token_index=372,
+                       image_seq_length=NP, vision_feature_select_strategy="full")  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT / "assets/toy/qwen-small")
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory, tokenizer) -> dict[str, str]:
+    """Folders of pre-trained parts: a tower, a tied LLM, and a wider untied one with a longer vocabulary."""
+    root = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    SiglipVisionModel(vision_config()).save_pretrained(root / "vision")
+    SiglipImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(root / "vision")
+    for name, config in ("small", text_config()), ("large", text_config(width=24, vocab=512, tied=False)):
+        Qwen2ForCausalLM(config).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return {name: str(root / name) for name in ("vision", "small", "large")}
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory, parts) -> dict[str, str]:
+    """LLaVA checkpoints with large random weights, so that every loss is far from zero."""
+    from model import Llava
+
+    root = tmp_path_factory.mktemp("checkpoints")
+    for name in "small", "large":
+        torch.manual_seed(1)
+        model = Llava.from_parts(parts["vision"], parts[name])
+        for p in model.parameters():
+            if p.dim() == 2:
+                torch.nn.init.normal_(p, std=0.3)
+        model.save(root / name)
+    return {name: str(root / name) for name in ("small", "large")}
+
+
+def turns(*texts: str) -> list[dict]:
+    return [{"from": "human" if k % 2 == 0 else "gpt", "value": text} for k, text in enumerate(texts)]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """24 samples: one image, two images, several turns, text only; lengths differ."""
+    root, rng = tmp_path_factory.mktemp("world"), random.Random(0)
+    (root / "images").mkdir()
+    words = "red green blue circle square cross top left bottom right how many objects is there a".split()
+    text = lambda low, high: " ".join(rng.choices(words, k=rng.randint(low, high)))  # noqa: E731
+    samples = []
+    for i in range(24):
+        size = (rng.randint(10, 40), rng.randint(10, 40))
+        Image.frombytes("RGB", size, rng.randbytes(3 * size[0] * size[1])).save(root / "images" / f"{i}.png")
+        sample = {"id": i, "image": f"{i}.png", "conversations": turns(f"<image>\n{text(2, 9)}", text(1, 7))}
+        if i % 4 == 1:
+            sample = {"id": i, "conversations": turns(text(2, 30), text(1, 9), text(2, 6), text(1, 5))}
+        if i % 4 == 2:
+            sample["conversations"] += turns(text(1, 5), text(1, 6))
+        if i % 8 == 3:
+            sample["image"] = [f"{i}.png", f"{i - 1}.png"]
+            sample["conversations"][0]["value"] = f"{text(1, 3)} <image> {text(1, 3)} <image>"
+        samples.append(sample)
+    (root / "train.json").write_text(json.dumps(samples))
+    (root / "train.jsonl").write_text("\n".join(json.dumps(s) for s in samples))
+    return root
+
+
+def data_flags(world: Path, **more: object) -> list[str]:
+    flags = {"data": world / "train.json", "images": world / "images", "workers": 0, "lr": 0.02,
+             "global_batch": 8, "micro_batch": 8, "seed": 3} | more  # fmt: skip
+    argv = [item for flag, value in flags.items() for item in (f"--{flag}", str(value))]
+    return [*argv, "--no-group_by_modality"]  # so that images and text-only samples meet in a batch
+
+
+def launch(script: str, argv: list[str], ranks: int = 0, expect: int = 0) -> subprocess.CompletedProcess:
+    """Run a script as a user would: `python script` (ranks=0) or `torchrun --nproc_per_node ranks script`."""
+    command = [sys.executable, script]
+    if ranks:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
+                   "--master_port", str(port), script]  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command + argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    assert (done.returncode != 0) == bool(expect), done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def log_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]

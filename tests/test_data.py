@@ -1,0 +1,247 @@
+"""Samples, masks, truncation, batches; and one clear sentence for every kind of bad input."""
+
+import argparse
+import json
+import random
+
+import pytest
+import torch
+from conftest import NP, turns
+from PIL import Image
+from transformers import AutoProcessor
+
+from common import InputError
+from data import IGNORE, Encoder, LlavaData, check_sample, global_batches, read_records, schedule
+
+
+@pytest.fixture(scope="module")
+def processor(checkpoints):
+    return AutoProcessor.from_pretrained(checkpoints["small"])
+
+
+def encoder(processor, max_len=200, caption_only=False):
+    return Encoder(processor, NP, max_len, caption_only)
+
+
+def messages(*texts, image="x.png"):
+    record = {"conversations": turns(*texts), **({"image": image} if image else {})}
+    return check_sample("sample", record, "/images")[0]
+
+
+def decode(processor, ids):
+    return processor.tokenizer.decode(ids)
+
+
+# ---------------------------------------------------------------------------------- ids and labels
+
+
+def test_labels_cover_every_answer_and_its_end_token_and_nothing_else(processor):
+    ids, labels, n_images = encoder(processor)(
+        messages("is there <image>", "a red circle", "how many ?", "two")
+    )
+    text = (
+        "USER: "
+        + "<image>" * NP
+        + "\nis there ASSISTANT: a red circle<|endoftext|>USER: how many ? ASSISTANT: two"
+    )
+    assert decode(processor, ids) == text + "<|endoftext|>"
+    assert n_images == 1
+    learned = [i for i, label in zip(ids, labels) if label != IGNORE]
+    assert decode(processor, learned) == " a red circle<|endoftext|> two<|endoftext|>"
+    assert all(label in (IGNORE, i) for i, label in zip(ids, labels))
+
+
+def test_the_prompt_tokens_are_those_of_generation(processor):
+    """The mismatch behind several published bugs: a space that merges into the answer in training only."""
+    ids, labels, _ = encoder(processor)(messages("how many objects ?", "two", image=None))
+    turn = [{"role": "user", "content": [{"type": "text", "text": "how many objects ?"}]}]
+    prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
+    tokens = processor(text=prompt)["input_ids"][0]
+    first_answer = next(k for k, label in enumerate(labels) if label != IGNORE)
+    assert ids[:first_answer] == list(tokens)
+    assert processor.tokenizer.convert_ids_to_tokens(ids[first_answer]) == "Ġtwo"
+
+
+def test_image_expansion_is_that_of_the_stock_processor(processor):
+    sample = messages("left <image> and <image> right", "red", image=["a.png", "b.png"])
+    ids, _, n_images = encoder(processor)(sample)
+    assert n_images == 2
+    text = processor.apply_chat_template(sample)
+    images = [Image.new("RGB", (30, 20))] * 2
+    assert ids == processor(images=images, text=text)["input_ids"][0]
+
+
+def test_caption_only_leaves_the_question_out(processor):
+    ids, labels, _ = encoder(processor, caption_only=True)(
+        messages("describe <image>", "red circle top left")
+    )
+    assert decode(processor, ids) == "<image>" * NP + "red circle top left<|endoftext|>"
+    assert labels == [IGNORE] * NP + ids[NP:]
+
+
+def test_a_system_turn_comes_first(processor):
+    record = {"conversations": [{"from": "system", "value": "be brief"}, *turns("how many ?", "two")]}
+    ids, _, _ = encoder(processor)(check_sample("s", record, ".")[0])
+    assert decode(processor, ids).startswith("be brief USER: how many ? ASSISTANT: two")
+
+
+@pytest.mark.parametrize("max_len", range(1, 40))
+def test_truncation_never_cuts_an_image(processor, max_len):
+    sample = messages("<image> how many ?", "two", "and <image> here ?", "one", image=["a.png", "b.png"])
+    whole = encoder(processor)(sample)[0]
+    ids, labels, n_images = encoder(processor, max_len)(sample)
+    image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert len(ids) == len(labels) <= max_len
+    assert ids == whole[: len(ids)]
+    assert ids.count(image_id) == n_images * NP
+    fits = any(label != IGNORE for label in labels)
+    assert encoder(processor, max_len).fits(sample) == fits
+
+
+def test_a_template_without_generation_markers_is_refused(processor, checkpoints):
+    other = AutoProcessor.from_pretrained(checkpoints["small"])
+    other.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(InputError, match="generation"):
+        encoder(other)
+
+
+# ---------------------------------------------------------------------------------- batches
+
+
+def make_data(world, processor, name="train.json", **more):
+    return LlavaData(str(world / name), str(world / "images"), encoder(processor, **more), [processor])
+
+
+def test_json_and_jsonl_are_the_same_data(world, processor):
+    a, b = (make_data(world, processor, name) for name in ("train.json", "train.jsonl"))
+    assert [s[1:] for s in a.samples] == [s[1:] for s in b.samples]
+    assert "line 3" in b.samples[2][0]
+
+
+def test_rows_of_a_batch(world, processor):
+    data = make_data(world, processor)
+    batch = data.collate([data[k] for k in (0, 1, 3)])  # one image; text only; two images
+    assert batch.pixel_values.shape == (3, 3, 16, 16)
+    assert batch.visual.sum(1).tolist() == [NP, 0, 2 * NP]
+    for row, sample in enumerate(data[k] for k in (0, 1, 3)):
+        n = len(sample["ids"])
+        assert batch.attention_mask[row].tolist() == [1] * n + [0] * (batch.labels.shape[1] - n)
+        for t in range(n):
+            answer_next = t + 1 < n and sample["labels"][t + 1] != IGNORE
+            image, image_next = (t + d < n and sample["ids"][t + d] == 372 for d in (0, 1))
+            assert batch.response[row, t] == answer_next
+            assert batch.prompt[row, t] == (t + 1 < n and not answer_next and not image and not image_next)
+            if answer_next:
+                assert batch.targets[row, t] == sample["ids"][t + 1]
+        assert not batch.response[row, n:].any() | batch.prompt[row, n:].any()
+    counts = batch.counts(NP)
+    assert counts.tolist() == [
+        batch.response.sum(),
+        3 * NP,
+        batch.prompt.sum(),
+        3,
+        batch.attention_mask.sum(),
+        0,
+    ]
+
+
+def test_a_text_only_batch(world, processor):
+    data = make_data(world, processor)
+    batch = data.collate([data[1], data[5]])
+    assert batch.pixel_values.shape == (0, 3, 16, 16)
+    assert not batch.visual.any()
+
+
+def test_batches_are_of_one_modality_and_of_similar_length(world, processor):
+    data = make_data(world, processor)
+    batches = global_batches(data, 4, "7", group_by_modality=True)
+    kinds = [{bool(data.samples[i][2]) for i in batch} for batch in batches]
+    assert sum(len(kind) == 2 for kind in kinds) <= 1  # only the one made of leftovers may be mixed
+    assert len({i for batch in batches for i in batch}) == 24
+    for batch in batches:
+        lengths = [data.length(i) for i in batch]
+        assert lengths == sorted(lengths, reverse=True)
+    assert batches == global_batches(data, 4, "7", group_by_modality=True)
+    assert batches != global_batches(data, 4, "8", group_by_modality=True)
+
+
+def test_the_order_ignores_the_state_of_other_generators(world, processor):
+    args = argparse.Namespace(
+        seed=1, epochs=2, max_steps=0, global_batch=5, group_by_modality=False, data="x"
+    )
+    data = make_data(world, processor)
+    first = schedule(data, args)
+    random.random(), torch.rand(1)
+    assert first == schedule(data, args)
+    assert len(first) == 2 * (24 // 5)
+    assert first[:4] != first[4:]  # epochs differ
+
+
+# ---------------------------------------------------------------------------------- bad input
+
+GOOD = {"id": "g", "image": "0.png", "conversations": turns("<image> hi", "ho")}
+BAD = {
+    "sample object": 7,
+    "no 'conversations'": {"id": 1},
+    "turn 0, needs 'from'": {"conversations": [{"value": "x"}]},
+    "turn 1, needs 'from'": {"conversations": [turns("q")[0], {"from": "gpt", "value": 3}]},
+    "turn 1, is 'human'": {"conversations": turns("q") + turns("q")},
+    "does not end with a 'gpt'": {"conversations": turns("q")},
+    "in a gpt turn": {"conversations": turns("q", "<image>"), "image": "0.png"},
+    r"2 <image> marker\(s\) and 1 image": GOOD | {"conversations": turns("<image> <image>", "ho")},
+    r"0 <image> marker\(s\) and 1 image": GOOD | {"conversations": turns("hi", "ho")},
+    r"1 <image> marker\(s\) and 0 image": {"conversations": turns("<image>", "ho")},
+    "must be a path": GOOD | {"image": {"a": 1}},
+    "leaves the image folder": GOOD | {"image": "../train.json"},
+    "'/etc/hostname' leaves": GOOD | {"image": "/etc/hostname"},
+    "does not exist": GOOD | {"image": "missing.png"},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_a_bad_record_is_named(world, processor, message, tmp_path):
+    for name, text, place in (
+        ("d.json", json.dumps([GOOD, BAD[message]]), "sample 1"),
+        ("d.jsonl", "\n".join([json.dumps(GOOD), "", json.dumps(BAD[message])]), "line 3"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(InputError, match=message) as error:
+            LlavaData(str(tmp_path / name), str(world / "images"), encoder(processor), [processor])
+        assert place in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_unreadable_files(tmp_path):
+    (tmp_path / "cut.json").write_text('[{"id": 1},\n {"id"')
+    (tmp_path / "cut.jsonl").write_text('{"id": 1}\n{"id"')
+    (tmp_path / "dict.json").write_text("{}")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    for name, message in (("none.json", "cannot read"), ("cut.json", "not valid JSON.*line 2"),
+                          ("dict.json", "dict"), ("cut.jsonl", "line 2 is not valid JSON"),
+                          ("binary.json", "not UTF-8"),
+                          ("deep.json", "not valid JSON")):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            read_records(tmp_path / name)
+
+
+def test_nothing_left_after_length_filtering(world, processor):
+    with pytest.raises(InputError, match="no training sample is left, 24 of 24"):
+        make_data(world, processor, max_len=5)
+    kept = make_data(world, processor, max_len=20)
+    assert 0 < kept.n_too_long < 24
+    for k in range(len(kept)):
+        assert any(label != IGNORE for label in kept[k]["labels"])
+
+
+def test_corrupt_images_become_empty_samples_that_are_counted(world, processor, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.png").write_bytes((world / "images" / "0.png").read_bytes()[:100])
+    (tmp_path / "images" / "link.png").symlink_to(world / "train.json")
+    (tmp_path / "d.json").write_text(json.dumps([GOOD, GOOD | {"image": "link.png"}]))
+    data = LlavaData(str(tmp_path / "d.json"), str(tmp_path / "images"), encoder(processor), [processor])
+    batch = data.collate([data[0], data[1]])
+    assert "0.png cannot be read" in batch.bad[0]
+    assert "(id g)" in batch.bad[0]
+    assert "leaves the image folder" in batch.bad[1]
+    assert batch.counts(NP).tolist() == [0, 0, 0, 0, 2, 2]

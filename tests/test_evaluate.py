@@ -1,0 +1,108 @@
+"""Answers against stock generation, scores against numbers worked out by hand."""
+
+import json
+
+import pytest
+from conftest import NP
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+import evaluate
+from common import InputError
+from evaluate import exact_match, multiple_choice, normalize_vqa, pope, vqa
+
+TEXTS = ["how many objects ?", "is there a red circle here ?", "what color is the object top left ?", "hi"]
+
+
+@pytest.fixture(scope="module")
+def questions(world, tmp_path_factory):
+    path = tmp_path_factory.mktemp("questions") / "q.jsonl"
+    lines = [
+        {"question_id": k, "text": text, "image": f"{4 * k}.png", "label": "red"}
+        for k, text in enumerate(TEXTS)
+    ]
+    lines[1]["image"] = ["4.png", "8.png"]
+    del lines[3]["image"]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_answers_are_those_of_stock_generation(questions, world, checkpoints, tmp_path):
+    """Batched and padded here; one question at a time there, the way the README shows."""
+    path = checkpoints["small"]
+    scores = evaluate.main(["--model", path, checkpoints["large"], "--questions", str(questions), "--images",
+                            str(world / "images"), "--out", str(tmp_path), "--max_new_tokens", "8",
+                            "--sample", "4"])  # fmt: skip
+    model, processor = (
+        LlavaForConditionalGeneration.from_pretrained(path),
+        AutoProcessor.from_pretrained(path),
+    )
+    answers = [json.loads(line) for line in open(tmp_path / "small.jsonl")]
+    assert [a["question_id"] for a in answers] == [0, 1, 2, 3]
+    for k, images in enumerate((["0.png"], ["4.png", "8.png"], ["8.png"], [])):
+        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": TEXTS[k]}]
+        prompt = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        pictures = [Image.open(world / "images" / name) for name in images] or None
+        inputs = processor(images=pictures, text=prompt, return_tensors="pt")
+        assert (inputs["input_ids"] == 372).sum() == NP * len(images)
+        new = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert answers[k]["text"] == processor.decode(new, skip_special_tokens=True).strip()
+    assert len({a["text"] for a in answers}) == 4
+    assert json.loads((tmp_path / "scores.json").read_text()) == scores
+    assert Image.open(tmp_path / "sample.png").size[0] > 500
+
+
+def test_exact_match_overall_and_by_category():
+    qs = [{"label": "Red", "category": "color"}, {"label": "blue", "category": "color"}, {"label": "2"}]
+    scores = exact_match(qs, ["red.", "green", " 2 "])
+    assert scores["accuracy"] == pytest.approx(200 / 3)
+    assert scores["by_category"] == {"all": 100, "color": 50}
+
+
+def test_pope_by_hand():
+    labels = ["yes", "yes", "yes", "no", "no", "no", "no", "no"]
+    answers = ["Yes.", "yes, there is", "No", "no", "There is not. Yes", "Yes", "not really", "No, none."]
+    scores = pope([{"label": label} for label in labels], answers)  # TP 2, FN 1, TN 4, FP 1
+    expected = {"accuracy": 75, "precision": 200 / 3, "recall": 200 / 3, "f1": 200 / 3, "yes_ratio": 37.5}
+    assert scores == pytest.approx(expected)
+    assert pope([{"label": "yes"}], ["no"])["f1"] == 0
+
+
+def test_multiple_choice():
+    question = {"label": "B", "options": ["a cat", "a dog", "A"]}
+    right = ["B", "B.", "(B)", "B: a dog", "The answer is B.", "a dog", "A dog."]
+    wrong = ["A", "C", "", "both", "Because", "a cat", "The answer is (A)", "Bad"]
+    assert multiple_choice([question] * len(right), right)["accuracy"] == 100
+    assert multiple_choice([question] * len(wrong), wrong)["accuracy"] == 0
+
+
+def test_vqa_accuracy_by_hand():
+    """k of ten humans agree: leaving one out, (k min(1, (k-1)/3) + (10-k) min(1, k/3)) / 10."""
+    for k, expected in ((0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)):
+        question = {"answers": ["Two"] * k + ["seven"] * (10 - k)}
+        assert vqa([question], ["the 2."])["accuracy"] == pytest.approx(100 * expected)
+
+
+def test_vqa_normalisation():
+    for raw, expected in (
+        ("The dog.", "dog"), ("TWO cats", "2 cats"), ("dont know", "don't know"), ("1,000", "1000"), ("3.5", "3.5"),
+        ("black/white", "black white"), ("yes, it is", "yes it is"), ("what? no!", "what no"), ("none", "0"),
+        ("couldnt've", "couldn't've"), ("couldn'tve", "couldn't've"), ("a\nb", "b"), ("oclock", "o'clock"),
+    ):  # fmt: skip
+        assert normalize_vqa(raw) == expected, raw
+
+
+def test_bad_questions(world, tmp_path):
+    for line, message in (
+        ({"image": "0.png"}, "needs 'text'"), ({"text": "?", "image": "0.png"}, "no 'label'"),
+        ({"text": "?", "image": "../x", "label": "y"}, "leaves"), ({"text": "<image> <image>", "image": "0.png",
+                                                                   "label": "y"}, "2 <image>"),
+    ):  # fmt: skip
+        (tmp_path / "q.jsonl").write_text(json.dumps(line))
+        with pytest.raises(InputError, match=message):
+            evaluate.read_questions(str(tmp_path / "q.jsonl"), str(world / "images"), "label")
+    (tmp_path / "q.jsonl").write_text("")
+    with pytest.raises(InputError, match="holds no question"):
+        evaluate.read_questions(str(tmp_path / "q.jsonl"), ".", None)

@@ -1,0 +1,143 @@
+"""The model here against stock transformers, in both directions."""
+
+import pytest
+import torch
+from conftest import NP, llava_config
+from PIL import Image
+from transformers import (
+    AutoProcessor,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from common import InputError
+from model import CHAT_TEMPLATE, Llava
+
+PROMPTS = ["USER: <image>\nis there a red circle ? ASSISTANT:", "USER: how many ? ASSISTANT:",
+           "USER: <image>\n<image>\nwhat color is the object top left ? ASSISTANT:"]  # fmt: skip
+
+
+def some_images(n: int) -> list[Image.Image]:
+    torch.manual_seed(5)
+    return [
+        Image.frombytes("RGB", (20, 30), bytes(torch.randint(0, 256, (1800,)).tolist())) for _ in range(n)
+    ]
+
+
+def logits(model: Llava, inputs: dict) -> torch.Tensor:
+    features = model.encode_images(inputs["pixel_values"])
+    hidden = model(inputs["input_ids"], inputs["attention_mask"], features)
+    return hidden @ model.lm_head.weight.T
+
+
+def assert_equal_logits(
+    model: Llava, stock: LlavaForConditionalGeneration, processor: LlavaProcessor
+) -> None:
+    inputs = processor(
+        images=some_images(3), text=PROMPTS, padding=True, padding_side="right", return_tensors="pt"
+    )
+    with torch.no_grad():
+        ours, theirs = logits(model, inputs), stock(**inputs).logits
+    mask = inputs["attention_mask"].bool()
+    assert (ours - theirs)[mask].abs().max() <= 1e-4
+    assert theirs[mask].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["small", "large"])
+def test_a_saved_checkpoint_loads_in_stock_transformers(checkpoints, name):
+    path = checkpoints[name]
+    stock, report = LlavaForConditionalGeneration.from_pretrained(path, output_loading_info=True)
+    assert not any(report.values()), report
+    assert (stock.lm_head.weight is stock.model.language_model.embed_tokens.weight) == (name == "small")
+    processor = AutoProcessor.from_pretrained(path)
+    assert_equal_logits(Llava.from_checkpoint(path), stock, processor)
+    assert stock.config.vision_feature_layer == -2
+    assert stock.config.vision_feature_select_strategy == "full"
+    assert stock.generation_config.eos_token_id == processor.tokenizer.eos_token_id
+
+
+def test_a_stock_checkpoint_loads_here(tmp_path, checkpoints):
+    torch.manual_seed(2)
+    stock = LlavaForConditionalGeneration(llava_config(width=32)).eval()
+    stock.save_pretrained(tmp_path)
+    AutoProcessor.from_pretrained(checkpoints["small"]).save_pretrained(tmp_path)
+    teacher = Llava.from_checkpoint(str(tmp_path))
+    assert_equal_logits(teacher, stock, teacher.processor)
+    student = Llava.from_checkpoint(checkpoints["small"])
+    student.check_teacher(teacher)
+    assert not student.shares_encoder(teacher)  # random towers of different seeds
+    teacher.vision_tower.load_state_dict(student.vision_tower.state_dict())
+    assert student.shares_encoder(teacher)
+    assert student.shares_encoder(teacher.to(torch.bfloat16))
+
+
+def test_the_last_layer_and_the_head_are_not_computed(checkpoints):
+    model = Llava.from_checkpoint(checkpoints["small"])
+    assert not hasattr(model.vision_tower, "head")
+    model.vision_tower.encoder.layers[-1] = None  # would fail if it were called
+    assert model.encode_images(torch.randn(2, 3, 16, 16)).shape == (2, NP, 16)
+    assert model.encode_images(torch.randn(0, 3, 16, 16)).shape == (0, NP, 16)
+
+
+def test_a_clip_tower_drops_its_class_token(tmp_path, parts):
+    config = CLIPVisionConfig(image_size=16, patch_size=8, hidden_size=16, intermediate_size=32,
+                              num_hidden_layers=3, num_attention_heads=2)  # fmt: skip
+    CLIPVisionModel(config).save_pretrained(tmp_path / "clip")
+    size = {"height": 16, "width": 16}
+    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=size).save_pretrained(tmp_path / "clip")
+    model = Llava.from_parts(str(tmp_path / "clip"), parts["small"])
+    assert model.n_visual_tokens == NP
+    assert model.encode_images(torch.randn(1, 3, 16, 16)).shape == (1, NP, 16)
+    model.save(tmp_path / "out")
+    stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert_equal_logits(model, stock, AutoProcessor.from_pretrained(tmp_path / "out"))
+
+
+def test_padding_and_neighbours_do_not_change_a_sample(checkpoints):
+    model = Llava.from_checkpoint(checkpoints["small"])
+    processor, images = model.processor, some_images(3)
+    together = processor(images=images, text=PROMPTS, padding=True, padding_side="right", return_tensors="pt")
+    with torch.no_grad():
+        both = logits(model, together)
+        for k, picked in enumerate((images[:1], None, images[1:])):
+            alone = processor(images=picked, text=PROMPTS[k], return_tensors="pt")
+            alone.setdefault("pixel_values", torch.zeros(0, 3, 16, 16))
+            single = logits(model, alone)[0]
+            assert (single - both[k, : len(single)]).abs().max() < 1e-5
+
+
+def test_without_images_the_projector_gets_a_zero_gradient(checkpoints):
+    model = Llava.from_checkpoint(checkpoints["small"]).requires_grad_(True)
+    ids = torch.tensor([[1, 2, 3]])
+    features = model.encode_images(torch.zeros(0, 3, 16, 16))
+    model(ids, torch.ones_like(ids), features).sum().backward()
+    for p in model.multi_modal_projector.parameters():
+        assert p.grad is not None
+        assert (p.grad == 0).all()
+
+
+def test_a_vocabulary_without_padding_rows_grows(tmp_path, parts, tokenizer):
+    from conftest import text_config
+    from transformers import Qwen2ForCausalLM
+
+    Qwen2ForCausalLM(text_config(vocab=len(tokenizer))).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = Llava.from_parts(parts["vision"], str(tmp_path))
+    assert model.config.text_config.vocab_size == 384
+    model.save(tmp_path / "out")
+    stock, report = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values())
+    assert_equal_logits(model, stock, AutoProcessor.from_pretrained(tmp_path / "out"))
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path, parts, checkpoints):
+    with pytest.raises(InputError, match="nowhere"):
+        Llava.from_checkpoint(str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match="'qwen2' model"):
+        Llava.from_checkpoint(parts["small"])
+    with pytest.raises(InputError, match="nowhere"):
+        Llava.from_parts(parts["vision"], str(tmp_path / "nowhere"))
+    assert CHAT_TEMPLATE == Llava.from_checkpoint(checkpoints["small"]).processor.tokenizer.chat_template

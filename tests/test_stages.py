@@ -1,0 +1,226 @@
+"""The stage scripts by their command lines: what they train, what they leave alone, and how they add up."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from conftest import NP, data_flags, launch, log_of
+from safetensors.torch import load_file
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+import dft
+import dpt
+import sft
+from data import Encoder, LlavaData, schedule
+
+
+def weights(path) -> dict[str, torch.Tensor]:
+    return load_file(f"{path}/model.safetensors")
+
+
+def changed(before, after) -> set[str]:
+    a, b = weights(before), weights(after)
+    assert a.keys() == b.keys()
+    return {name for name in a if not torch.equal(a[name], b[name])}
+
+
+def same_losses(a, b) -> None:
+    assert len(a) == len(b) > 0
+    for x, y in zip(a, b):
+        for name in x.keys() - {"tokens_per_s"}:
+            assert x[name] == pytest.approx(y[name], rel=1e-5, abs=1e-9), (x["step"], name)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory, world, parts, checkpoints):
+    """DPT -> SFT -> DFT in one process each; returns the folders."""
+    root = tmp_path_factory.mktemp("chain")
+    student = ["--vision", parts["vision"], "--llm", parts["small"]]
+    teacher = ["--teacher", checkpoints["large"]]
+    dpt.main([*student, *teacher, *data_flags(world, out=root / "dpt")])
+    sft.main(["--student", str(root / "dpt"), *data_flags(world, out=root / "sft")])
+    dft.main(["--student", str(root / "sft"), *teacher, *data_flags(world, out=root / "dft")])
+    return root
+
+
+def test_the_three_stages_on_two_ranks_equal_one_process(chain, world, parts, checkpoints, tmp_path):
+    student = ["--vision", parts["vision"], "--llm", parts["small"]]
+    teacher = ["--teacher", checkpoints["large"]]
+    launch("dpt.py", [*student, *teacher, *data_flags(world, out=tmp_path / "dpt", micro_batch=2)], ranks=2)
+    launch(
+        "sft.py",
+        ["--student", f"{tmp_path}/dpt", *data_flags(world, out=tmp_path / "sft", micro_batch=4)],
+        ranks=2,
+    )
+    launch("dft.py", ["--student", f"{tmp_path}/sft", *teacher,
+                      *data_flags(world, out=tmp_path / "dft", micro_batch=1)], ranks=2)  # fmt: skip
+    for stage in "dpt", "sft", "dft":
+        same_losses(log_of(chain / stage), log_of(tmp_path / stage))
+    assert {p.name for p in (tmp_path / "dft").iterdir()} >= {"model.safetensors", "log.jsonl", "run.json"}
+
+
+def test_some_step_has_a_rank_without_any_image(world, checkpoints):
+    """What the test above relies on: with 2 ranks, images and text-only samples meet in one step."""
+    processor = AutoProcessor.from_pretrained(checkpoints["small"])
+    data = LlavaData(
+        str(world / "train.json"), str(world / "images"), Encoder(processor, NP, 2048), [processor]
+    )
+    args = argparse.Namespace(seed=3, epochs=1, max_steps=0, global_batch=8, group_by_modality=False, data="")
+    pairs = [batch[k : k + 2] for batch in schedule(data, args) for k in (0, 2, 4, 6)]
+    pairs = [{bool(data.samples[i][2]) for i in pair} for pair in pairs]
+    assert {True, False} in pairs
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_accumulation_does_not_change_the_losses(chain, world, checkpoints, tmp_path, micro):
+    teacher = ["--teacher", checkpoints["large"]]
+    flags = data_flags(world, out=tmp_path / "dft", micro_batch=micro)
+    dft.main(["--student", str(chain / "sft"), *teacher, *flags])
+    same_losses(log_of(chain / "dft"), log_of(tmp_path / "dft"))
+    a, b = weights(chain / "dft"), weights(tmp_path / "dft")
+    for name in a:
+        assert (a[name] - b[name]).abs().max() < 1e-3, name
+
+
+def test_gradient_checkpointing_and_workers_change_nothing(chain, world, checkpoints, tmp_path):
+    flags = data_flags(world, out=tmp_path / "dft", workers=1)
+    dft.main(
+        [
+            "--student",
+            str(chain / "sft"),
+            "--teacher",
+            checkpoints["large"],
+            "--gradient_checkpointing",
+            *flags,
+        ]
+    )
+    same_losses(log_of(chain / "dft"), log_of(tmp_path / "dft"))
+
+
+def test_what_each_stage_trains(chain, world, parts, tmp_path):
+    dpt.main(["--vision", parts["vision"], "--llm", parts["small"], *data_flags(world, out=tmp_path / "pt")])
+    projector = {f"multi_modal_projector.linear_{k}.{p}" for k in (1, 2) for p in ("weight", "bias")}
+    assert changed(tmp_path / "pt", chain / "dpt") == projector  # same seed, same start, other objective
+    start = weights(parts["small"])
+    for name, value in weights(
+        chain / "dpt"
+    ).items():  # the LLM and the tower are bit for bit those of the parts
+        if name.startswith("language_model.model."):
+            assert torch.equal(value, start[name.removeprefix("language_model.")]), name
+    tower = weights(parts["vision"])
+    for before, after in (("dpt", "sft"), ("sft", "dft")):
+        names = changed(chain / before, chain / after)
+        every = set(weights(chain / after))
+        assert names == {n for n in every if not n.startswith("vision_tower")}
+    for name, value in weights(chain / "dft").items():
+        if name.startswith("vision_tower"):
+            assert any(torch.equal(value, t) for t in tower.values() if t.shape == value.shape), name
+
+
+def test_the_losses_fall_and_are_all_logged(chain):
+    log = log_of(chain / "dft")
+    assert [line["step"] for line in log] == [0, 1, 2]
+    for line in log:
+        assert line.keys() == {"step", "lr", "loss", "l_reg", "l_res", "l_vis", "l_rel", "l_prompt",
+                               "tokens_per_s", "grad_norm"}  # fmt: skip
+        total = line["l_reg"] + line["l_res"] + line["l_vis"] + 0.5 * line["l_rel"]
+        assert line["loss"] == pytest.approx(total, rel=1e-6)
+        assert min(line["l_res"], line["l_vis"], line["l_rel"]) > 1e-4
+    assert log[-1]["loss"] < log[0]["loss"]
+
+
+def test_the_log_holds_the_losses_of_the_first_batch(chain, world, checkpoints, tmp_path):
+    """Step 0 of DFT, worked out again with stock models, one sample at a time, sharing no code."""
+    student, teacher = (
+        LlavaForConditionalGeneration.from_pretrained(p) for p in (chain / "sft", checkpoints["large"])
+    )
+    processor = AutoProcessor.from_pretrained(chain / "sft")
+    data = LlavaData(
+        str(world / "train.json"), str(world / "images"), Encoder(processor, NP, 2048), [processor]
+    )
+    args = argparse.Namespace(seed=3, epochs=1, max_steps=0, global_batch=8, group_by_modality=False, data="")
+    nll, kl_res, kl_vis, rel = [], [], [], []
+    for i in schedule(data, args)[0]:
+        sample = data[i]
+        ids, labels = torch.tensor([sample["ids"]]), sample["labels"]
+        pixels = {"pixel_values": sample["pixels"][0]} if sample["pixels"][0] is not None else {}
+        with torch.no_grad():
+            s, t = (m(input_ids=ids, **pixels).logits[0].double()[:, :448] for m in (student, teacher))
+        p_s, p_t = s.softmax(-1), t.softmax(-1)
+        for k in range(len(labels) - 1):
+            if labels[k + 1] != -100:
+                nll.append(-p_s[k, labels[k + 1]].log())
+                kl_res.append((p_t[k] * (p_t[k] / p_s[k]).log()).sum())
+        visual = [k for k in range(len(labels)) if ids[0, k] == 372]
+        kl_vis += [(p_t[k] * (p_t[k] / p_s[k]).log()).sum() for k in visual]
+        for first in range(0, len(visual), NP):
+            r_s, r_t = (y[visual[first : first + NP]] @ y[visual[first : first + NP]].T for y in (s, t))
+            rel.append(1 - (r_s * r_t).sum() / (r_s.norm() * r_t.norm()))
+    line = log_of(chain / "dft")[0]
+    for name, values in (("l_reg", nll), ("l_res", kl_res), ("l_vis", kl_vis), ("l_rel", rel)):
+        assert line[name] == pytest.approx((sum(values) / len(values)).item(), rel=1e-4), name
+
+
+def test_every_ablation_is_one_command_line(chain, world, checkpoints, tmp_path):
+    """KD Tables 3 and 4: any set of targets, with and without RDist; unread rows are not read."""
+    first = log_of(chain / "dft")[0]
+    base = ["--student", str(chain / "sft"), "--teacher", checkpoints["large"]]
+    for k, (flags, parts) in enumerate((
+        (["--targets", "response", "--gamma", "0"], {"l_res": 1}),
+        (["--targets", "response", "prompt", "--gamma", "0"], {"l_res": 1, "l_prompt": 1}),
+        (["--targets", "response", "visual", "prompt", "--gamma", "0"],
+         {"l_res": 1, "l_vis": 1, "l_prompt": 1}),
+        (["--targets"], {"l_rel": 0.5}),
+        (["--alpha", "0.25", "--beta", "2", "--gamma", "3"], {"l_res": 0.25, "l_vis": 2, "l_rel": 3}),
+    )):  # fmt: skip
+        dft.main([*base, *flags, *data_flags(world, out=tmp_path / str(k), max_steps=1)])
+        (line,) = log_of(tmp_path / str(k))
+        for name in parts:
+            if name != "l_prompt":
+                assert line[name] == pytest.approx(first[name], rel=1e-5)
+            assert line[name] > 0
+        total = line["l_reg"] + sum(w * line[name] for name, w in parts.items())
+        assert line["loss"] == pytest.approx(total, rel=1e-6)
+        assert line["l_reg"] == pytest.approx(first["l_reg"], rel=1e-5)
+
+
+def test_bf16_is_close_to_fp32(chain, world, checkpoints, tmp_path):
+    flags = data_flags(world, out=tmp_path / "dft", max_steps=2)
+    dft.main(["--student", str(chain / "sft"), "--teacher", checkpoints["large"], "--dtype", "bf16", *flags])
+    for a, b in zip(log_of(chain / "dft"), log_of(tmp_path / "dft")):
+        for name in "loss", "l_reg", "l_res", "l_vis":
+            assert a[name] == pytest.approx(b[name], rel=0.03), name
+            assert a[name] != b[name]
+    assert all(v.dtype == torch.float32 for v in weights(tmp_path / "dft").values())
+
+
+def test_a_teacher_with_its_own_tower(chain, world, checkpoints, tmp_path):
+    """Different encoders are fine as long as the visual token counts agree."""
+    from model import Llava
+
+    teacher = Llava.from_checkpoint(checkpoints["large"])
+    for p in teacher.vision_tower.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    teacher.processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    teacher.save(tmp_path / "teacher")
+    flags = data_flags(world, out=tmp_path / "dft", max_steps=1, micro_batch=4)
+    dft.main(["--student", str(chain / "sft"), "--teacher", str(tmp_path / "teacher"), *flags])
+    (line,), (shared, *_) = log_of(tmp_path / "dft"), log_of(chain / "dft")
+    assert line["l_reg"] == pytest.approx(shared["l_reg"], rel=1e-5)
+    assert line["l_vis"] != pytest.approx(shared["l_vis"], rel=1e-3)
+
+
+def test_the_start_up_summary_and_a_second_call(chain, world, checkpoints, capsys):
+    argv = [
+        "--student",
+        str(chain / "sft"),
+        "--teacher",
+        checkpoints["large"],
+        *data_flags(world, out=chain / "dft"),
+    ]
+    before = (chain / "dft" / "log.jsonl").read_text()
+    dft.main(argv)
+    assert "finished already" in capsys.readouterr().out
+    assert (chain / "dft" / "log.jsonl").read_text() == before
+    assert json.loads((chain / "dft" / "run.json").read_text())["seconds"] > 0
