@@ -10,9 +10,10 @@ import os
 import random
 import sys
 import time
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,10 @@ from tqdm import tqdm
 
 if TYPE_CHECKING:
     from data import Batch, LlavaData
+
+
+# How many rows of each kind, images, tokens and unreadable samples a global batch has.
+Counts = namedtuple("Counts", "response visual prompt images tokens bad")
 
 
 class InputError(Exception):
@@ -39,91 +44,57 @@ def cli(main: Callable[[], None]) -> None:
 # ---------------------------------------------------------------------------------- command line
 
 
-def add_training_flags(
-    parser: argparse.ArgumentParser, lr: float, global_batch: int, source: str
-) -> argparse.ArgumentParser:
+def new_parser(doc: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_flags(parser: argparse.ArgumentParser, title: str, rows: list[tuple]) -> None:
+    """A group of flags, each (name, kind, default, help); a default of ... makes the flag required.
+
+    Kinds: a type; a tuple of choices, one of them; a list of choices, any of them; [str], one or more words.
+    """
+    group = parser.add_argument_group(title)
+    for name, kind, default, text in rows:
+        options = {"required": True, "help": text}
+        if default is not ...:
+            options = {"default": default, "help": f"{text} (default: {str(default).replace('%', '%%')})"}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(kind, list):
+            options |= {"nargs": "+", "type": kind[0]} if kind == [str] else {"nargs": "*", "choices": kind}
+        else:
+            options |= {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        group.add_argument(name, **options)
+
+
+def add_training_flags(parser: argparse.ArgumentParser, lr: float, batch: int, source: str) -> None:
     """The flags that every stage has, with the stage's own defaults; `source` says where those come from."""
-    data = parser.add_argument_group("data")
-    data.add_argument("--data", required=True, help="training samples in LLaVA format, .json or .jsonl")
-    data.add_argument(
-        "--images", default=".", help="folder that image paths are relative to (default: %(default)s)"
-    )
-    data.add_argument(
-        "--max_len",
-        type=int,
-        default=2048,
-        metavar="T",
-        help="longest sequence in tokens, an image counts Np (default: %(default)s, as LLaVA-1.5)",
-    )
-    data.add_argument(
-        "--group_by_modality",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="image and text-only samples in batches of their own (default: yes, as LLaVA-1.5)",
-    )
-    data.add_argument(
-        "--skip_bad",
-        type=int,
-        default=0,
-        metavar="N",
-        help="go on without up to N unreadable images, counted and reported (default: 0: stop)",
-    )
-    data.add_argument("--workers", type=int, default=4, help="data processes per rank (default: %(default)s)")
-
-    train = parser.add_argument_group("training")
-    train.add_argument("--out", required=True, help="folder for the checkpoint and log.jsonl")
-    train.add_argument(
-        "--lr", type=float, default=lr, help=f"peak learning rate (default: %(default)s, {source})"
-    )
-    train.add_argument(
-        "--global_batch",
-        type=int,
-        default=global_batch,
-        metavar="G",
-        help=f"samples per optimizer step, all ranks together (default: %(default)s, {source})",
-    )
-    train.add_argument(
-        "--micro_batch",
-        type=int,
-        default=4,
-        metavar="M",
-        help="samples per rank per forward pass; what fits into memory (default: %(default)s)",
-    )
-    train.add_argument("--epochs", type=int, default=1, help="passes over the data (default: 1, the papers')")
-    train.add_argument(
-        "--max_steps", type=int, default=0, help="stop after this many steps (default: 0: no limit)"
-    )
-    train.add_argument(
-        "--warmup",
-        type=float,
-        default=0.03,
-        help="share of the steps spent warming up (default: %(default)s, LLaVA-1.5; cosine after that)",
-    )
-    train.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's (default: 0, LLaVA-1.5)")
-    train.add_argument(
-        "--max_grad_norm",
-        type=float,
-        default=1.0,
-        help="gradients are clipped to this norm (default: 1, as TinyLLaVA's trainer)",
-    )
-    train.add_argument(
-        "--seed", type=int, default=0, help="of the projector and the sample order (default: 0)"
-    )
-
-    system = parser.add_argument_group("system")
-    system.add_argument(
-        "--dtype",
-        choices=("auto", "bf16", "fp32"),
-        default="auto",
-        help="arithmetic of the forward passes; weights stay fp32 (default: bf16 on CUDA, else fp32)",
-    )
-    system.add_argument(
-        "--gradient_checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="recompute the student's layers in the backward pass (default: no)",
-    )
-    return parser
+    # fmt: off
+    add_flags(parser, "data", [
+        ("--data", str, ..., "training samples in LLaVA format, .json or .jsonl"),
+        ("--images", str, ".", "folder that image paths are relative to"),
+        ("--max_len", int, 2048, "longest sequence in tokens, an image counts Np; as LLaVA-1.5"),
+        ("--group_by_modality", bool, True, "image and text-only samples in separate batches; as LLaVA-1.5"),
+        ("--skip_bad", int, 0, "go on without up to this many unreadable images, counted and reported"),
+        ("--workers", int, 4, "data processes per rank"),
+    ])
+    add_flags(parser, "training", [
+        ("--out", str, ..., "folder for the checkpoint and log.jsonl"),
+        ("--lr", float, lr, f"peak learning rate; {source}"),
+        ("--global_batch", int, batch, f"samples per optimizer step, all ranks together; {source}"),
+        ("--micro_batch", int, 4, "samples per rank and forward pass: what fits into memory"),
+        ("--epochs", int, 1, "passes over the data; the papers'"),
+        ("--max_steps", int, 0, "stop after this many steps, 0: no limit"),
+        ("--warmup", float, 0.03, "share of the steps that warm up, a cosine follows; as LLaVA-1.5"),
+        ("--weight_decay", float, 0.0, "AdamW's; as LLaVA-1.5"),
+        ("--max_grad_norm", float, 1.0, "gradients are clipped to this norm; as TinyLLaVA's trainer"),
+        ("--seed", int, 0, "of the projector and the order of samples"),
+    ])
+    add_flags(parser, "system", [
+        ("--dtype", ("auto", "bf16", "fp32"), "auto", "of arithmetic, weights stay fp32; auto: bf16 on CUDA"),
+        ("--gradient_checkpointing", bool, False, "recompute the student's layers in the backward pass"),
+    ])
+    # fmt: on
 
 
 # ---------------------------------------------------------------------------------- processes and devices
@@ -141,10 +112,9 @@ class Run:
     def __enter__(self) -> Run:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         cuda = torch.cuda.is_available()
-        self.device = (
-            torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-        )
+        self.device = torch.device("cpu")
         if cuda:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         self.opened = not dist.is_initialized()  # a script that calls several stages keeps one group for all
         if self.opened and "RANK" in os.environ:
@@ -165,9 +135,7 @@ class Run:
         return self
 
     def __exit__(self, error: type | None, *_: object) -> None:
-        if self.opened and (
-            error is None or self.world == 1
-        ):  # after an error the other ranks may never answer
+        if self.opened and (error is None or self.world == 1):  # after an error other ranks may never answer
             dist.destroy_process_group()
 
     @property
@@ -198,15 +166,13 @@ class Run:
             if differing:
                 flags = "; ".join(f"{k}: {there.get(k)!r} there, {identity.get(k)!r} now" for k in differing)
                 raise InputError(
-                    f"--out {self.out} holds a different run ({flags}); choose another folder or delete it"
+                    f"--out {self.out} holds a different run ({flags}); take another or delete it"
                 )
             if finished:
                 self.say(f"{self.out}: this run is finished already")
                 return True
         elif self.out.exists() and any(self.out.iterdir()):
-            raise InputError(
-                f"--out {self.out} is not empty and holds no run of this project; choose another folder"
-            )
+            raise InputError(f"--out {self.out} is not empty and holds no run of ours; take another folder")
         return False
 
     def _write_identity(self, seconds: float | None) -> None:
@@ -219,9 +185,7 @@ class Run:
         if self.main_rank:
             student.save(self.out)
             self._write_identity(seconds=round(time.perf_counter() - self.started, 1))
-            self.say(
-                f"saved {self.out}" + (f"; {self.n_bad} unreadable samples left out" if self.n_bad else "")
-            )
+            self.say(f"saved {self.out}" + f"; {self.n_bad} unreadable samples left out" * bool(self.n_bad))
         dist.barrier()
 
     def start(self, student: nn.Module, steps: int, data: LlavaData, note: str = "") -> None:
@@ -231,19 +195,12 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "log.jsonl").write_text("")
             self._write_identity(seconds=None)
-        used = steps * self.args.global_batch
-        self.say(
-            f"{self.stage}: {steps} steps of {self.args.global_batch} samples = {self.accumulation} x "
-            f"{self.args.micro_batch} x {self.world} rank(s), {str(self.dtype)[6:]} on {self.device.type}"
-        )
-        self.say(
-            f"  {len(data)} samples, {used} drawn"
-            + (
-                f"; {data.n_too_long} left out, their prompts are longer than --max_len"
-                if data.n_too_long
-                else ""
-            )
-        )
+        batch, micro = self.args.global_batch, self.args.micro_batch
+        split = f"{self.accumulation} x {micro} x {self.world} rank(s)"
+        self.say(f"{self.stage}: {steps} steps of {batch} samples = {split}")
+        self.say(f"  {str(self.dtype)[6:]} on {self.device.type}; {len(data)} samples, {steps * batch} drawn")
+        if data.n_too_long:
+            self.say(f"  {data.n_too_long} samples left out: their prompts are longer than --max_len")
         for name, part in student.named_children():
             n = [sum(p.numel() for p in part.parameters() if p.requires_grad == on) for on in (True, False)]
             self.say(f"  {name:22s} trained {n[0]:>13,d}   frozen {n[1]:>13,d}")
@@ -266,9 +223,7 @@ class Run:
             tqdm.write(f"unreadable, {self.n_bad} so far: {message}", file=sys.stderr)
         if self.n_bad > self.args.skip_bad:
             what = mine[0] if mine else f"{int(n.bad)} sample(s) of other ranks cannot be read"
-            raise InputError(
-                f"{what}; repair the data or allow more with --skip_bad (now {self.args.skip_bad})"
-            )
+            raise InputError(f"{what}; repair it or allow more with --skip_bad (now {self.args.skip_bad})")
         return n
 
     def sync(self, ddp: nn.Module, last: bool) -> contextlib.AbstractContextManager:
@@ -289,17 +244,6 @@ class Run:
                 file.write(json.dumps(line) + "\n")
             self.bar.set_postfix({k: f"{v:.3f}" for k, v in terms.items()}, refresh=False)
             self.bar.update()
-
-
-class Counts(NamedTuple):
-    """How many rows of each kind, images, tokens and unreadable samples a global batch has."""
-
-    response: float
-    visual: float
-    prompt: float
-    images: float
-    tokens: float
-    bad: float
 
 
 def set_lr(optimizer: torch.optim.Optimizer, step: int, steps: int, peak: float, warmup: float) -> float:

@@ -1,4 +1,4 @@
-"""LLaVA-format JSON -> batches: reading and checking samples, the chat template and its mask, batches.
+"""LLaVA samples -> batches: the chat template and its mask, padding, grouping, the order of samples.
 
 A sample is `{"id", "image": path or [paths], "conversations": [{"from": "human"|"gpt", "value"}, ...]}`;
 text-only samples have no `image`, and every `<image>` in the conversation stands for one image, in order.
@@ -7,111 +7,21 @@ text-only samples have no `image`, and every `<image>` in the conversation stand
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaProcessor
 
 from common import InputError, Run
-from model import IMAGE_TOKEN
+from records import IMAGE_TOKEN, check_sample, load_image, read_records
 
 IGNORE = -100  # label of a position whose token is given, not predicted
-ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
-
-
-# ---------------------------------------------------------------------------------- records
-
-
-def read_records(path: str | Path) -> list[tuple[str, dict]]:
-    """The records of a .json (one list) or .jsonl (one object a line) file, each with where it stands."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot read the data file {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); is it a JSON file?") from None
-    if str(path).endswith(".jsonl"):
-        pieces = [(f"{path} line {k}", line) for k, line in enumerate(text.split("\n"), 1) if line.strip()]
-        return [(where, _parse(where, piece)) for where, piece in pieces]
-    records = _parse(str(path), text)
-    if not isinstance(records, list):
-        raise InputError(f"{path} holds a JSON {type(records).__name__}, not a list of samples")
-    return [(f"{path} sample {i}", record) for i, record in enumerate(records)]
-
-
-def _parse(where: str, text: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not valid JSON: {error}") from None
-    except RecursionError:
-        raise InputError(f"{where} is not valid JSON: it is nested too deeply") from None
-
-
-def check_sample(where: str, record: object, image_root: str) -> tuple[list[dict], list[str]]:
-    """A LLaVA record -> (chat messages, image paths), or an InputError that says what is wrong with it."""
-    if not isinstance(record, dict):
-        raise InputError(f"{where} is a JSON {type(record).__name__}, not a sample object")
-    turns = record.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        raise InputError(f"{where} has no 'conversations' list of turns")
-    messages, n_markers = [], 0
-    for k, turn in enumerate(turns):
-        role = ROLES.get(turn.get("from")) if isinstance(turn, dict) else None
-        if role is None or not isinstance(turn.get("value"), str):
-            raise InputError(f"{where}, turn {k}, needs 'from' (human, gpt or system) and 'value' (a string)")
-        expected = ("user", "assistant")[len([m for m in messages if m["role"] != "system"]) % 2]
-        if role != expected and not (role == "system" and k == 0):
-            raise InputError(
-                f"{where}, turn {k}, is '{turn['from']}': turns must go human, gpt, human, gpt, ..."
-            )
-        count = turn["value"].count(IMAGE_TOKEN)
-        if count and role != "user":
-            raise InputError(
-                f"{where}, turn {k}, has {IMAGE_TOKEN} in a {turn['from']} turn; only human turns may"
-            )
-        n_markers += count
-        text = {"type": "text", "text": turn["value"].replace(IMAGE_TOKEN, "").strip()}
-        messages.append({"role": role, "content": [{"type": "image"}] * count + [text]})
-    if messages[-1]["role"] != "assistant":
-        raise InputError(f"{where} does not end with a 'gpt' turn: there is no answer to learn")
-    return messages, check_images(where, record.get("image"), n_markers, image_root)
-
-
-def check_images(where: str, images: object, n_markers: int, image_root: str) -> list[str]:
-    """The record's image paths, inside `image_root`, existing, and as many as there are `<image>` markers."""
-    images = [] if images is None else [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(p, str) and p for p in images):
-        raise InputError(f"{where}: 'image' must be a path or a list of paths")
-    if len(images) != n_markers:
-        raise InputError(f"{where} has {n_markers} {IMAGE_TOKEN} marker(s) and {len(images)} image(s)")
-    for path in images:
-        inside = os.path.relpath(os.path.normpath(os.path.join(image_root, path)), image_root)
-        if os.path.isabs(path) or "\0" in path or inside.startswith(".."):
-            raise InputError(f"{where}: image path {path!r} leaves the image folder {image_root}")
-    return images
-
-
-def load_image(where: str, image_root: str, path: str) -> Image.Image:
-    """The image as RGB, upright; an InputError names the sample and the file."""
-    full = os.path.realpath(os.path.join(image_root, path))
-    if not full.startswith(os.path.join(os.path.realpath(image_root), "")):
-        raise InputError(f"{where}: image {path} leaves the image folder {image_root} through a link")
-    try:
-        with Image.open(full) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"{where}: image {full} does not exist") from None
-    except Exception as error:  # Pillow raises whatever its decoders do
-        raise InputError(f"{where}: image {full} cannot be read ({error})") from None
 
 
 # ---------------------------------------------------------------------------------- one sample -> token ids
@@ -120,13 +30,11 @@ def load_image(where: str, image_root: str, path: str) -> Image.Image:
 class Encoder:
     """Messages -> token ids and labels, through the tokenizer's chat template."""
 
-    def __init__(
-        self, processor: LlavaProcessor, n_visual_tokens: int, max_len: int, caption_only: bool = False
-    ):
-        self.tokenizer, self.n_visual, self.max_len = processor.tokenizer, n_visual_tokens, max_len
+    def __init__(self, processor: LlavaProcessor, n_visual: int, max_len: int, caption_only: bool = False):
+        self.tokenizer, self.n_visual, self.max_len = processor.tokenizer, n_visual, max_len
         self.caption_only = caption_only
         self.image_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        if "generation %}" not in (self.tokenizer.chat_template or ""):
+        if not re.search(r"{%-?\s*generation", self.tokenizer.chat_template or ""):
             raise InputError(
                 "the student's chat template has no {% generation %} block, so its answers cannot be told "
                 "from its prompts; start from a checkpoint made here or add the block to its template"
@@ -189,15 +97,15 @@ class Batch:
     names: list[str]  # where each sample comes from
     bad: list[str]  # what was wrong with samples that could not be read
 
-    def to(self, device: torch.device) -> Batch:
+    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(
-            **{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()}
-        )
+        return Batch(**{k: change(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+
+    def to(self, device: torch.device) -> Batch:
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in values.items()})
+        return self.each(Tensor.pin_memory)
 
     @property
     def targets(self) -> Tensor:
@@ -217,16 +125,10 @@ class Batch:
         return is_text & next_is_text & ~self.response
 
     def counts(self, n_visual_tokens: int) -> Tensor:
-        """(6,): response, visual and prompt rows, images, tokens, unreadable samples."""
-        visual = self.visual.sum()
-        sums = [
-            self.response.sum(),
-            visual,
-            self.prompt.sum(),
-            visual // n_visual_tokens,
-            self.attention_mask.sum(),
-        ]
-        return torch.stack([*sums, torch.tensor(len(self.bad))]).double()
+        """The six numbers of `common.Counts`."""
+        rows = [mask.sum().item() for mask in (self.response, self.visual, self.prompt)]
+        n_images, n_tokens = rows[1] // n_visual_tokens, self.attention_mask.sum().item()
+        return torch.tensor([*rows, n_images, n_tokens, len(self.bad)], dtype=torch.float64)
 
 
 class LlavaData(Dataset):
@@ -234,12 +136,9 @@ class LlavaData(Dataset):
 
     def __init__(self, path: str, image_root: str, encoder: Encoder, processors: list, skip_bad: int = 0):
         self.image_root, self.encoder, self.skip_bad = image_root, encoder, skip_bad
-        self.image_processors = [
-            p.image_processor for p in processors
-        ]  # the student's; the teacher's if it differs
-        self.samples = []
+        self.image_processors = [p.image_processor for p in processors]  # the teacher's only if it differs
+        self.samples, self.n_too_long = [], 0
         records = read_records(path)
-        self.n_too_long = 0
         for where, record in records:
             messages, images = check_sample(where, record, image_root)
             for image in () if skip_bad else images:

@@ -12,7 +12,7 @@ import argparse
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from common import Run, add_training_flags, cli, set_lr
+from common import Run, add_flags, add_training_flags, cli, new_parser, set_lr
 from data import Encoder, LlavaData, micro_batches, schedule
 from losses import (
     Head,
@@ -28,27 +28,23 @@ from model import Llava
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    models = parser.add_argument_group("models")
-    models.add_argument("--student", required=True, help="LLaVA checkpoint to train, hub name or folder")
-    models.add_argument("--teacher", required=True, help="LLaVA checkpoint to learn from, hub name or folder")
-    loss = parser.add_argument_group("objective")
-    loss.add_argument(
-        "--targets",
-        nargs="*",
-        choices=("response", "visual", "prompt"),
-        default=["response", "visual"],
-        help="rows whose distribution is distilled, MDist (default: response visual, KD Table 4)",
-    )
-    loss.add_argument("--alpha", type=float, default=1.0, help="weight of L_res (default: 1, KD §4.1)")
-    loss.add_argument("--beta", type=float, default=1.0, help="weight of L_vis (default: 1, KD §4.1)")
-    loss.add_argument(
-        "--gamma", type=float, default=0.5, help="weight of L_rel, RDist; 0 is off (default: 0.5, KD §4.1)"
-    )
-    loss.add_argument("--delta", type=float, default=1.0, help="weight of the prompt's KL (default: 1, ours)")
-    return add_training_flags(parser, lr=2e-5, global_batch=128, source="KD §4.1").parse_args(argv)
+    parser = new_parser(__doc__)
+    # fmt: off
+    add_flags(parser, "models", [
+        ("--student", str, ..., "LLaVA checkpoint to train, hub name or folder"),
+        ("--teacher", str, ..., "LLaVA checkpoint to learn from, hub name or folder"),
+    ])
+    add_flags(parser, "objective", [
+        ("--targets", ["response", "visual", "prompt"], ["response", "visual"],
+         "rows whose distribution is distilled, MDist; KD Table 4"),
+        ("--alpha", float, 1.0, "weight of L_res; KD §4.1"),
+        ("--beta", float, 1.0, "weight of L_vis; KD §4.1"),
+        ("--gamma", float, 0.5, "weight of L_rel, RDist, 0: off; KD §4.1"),
+        ("--delta", float, 1.0, "weight of the prompt's KL, if it is a target"),
+    ])
+    # fmt: on
+    add_training_flags(parser, lr=2e-5, batch=128, source="KD §4.1")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -63,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         student = Llava.from_checkpoint(args.student).to(run.device)
         teacher = Llava.from_checkpoint(args.teacher, run.dtype).to(run.device).eval()
         student.check_teacher(teacher)
-        shared = student.shares_encoder(teacher)
+        shared = student.share_encoder(teacher)
         student.requires_grad_(True).vision_tower.requires_grad_(False)
         teacher.requires_grad_(False)
         trained = [p for p in student.parameters() if p.requires_grad]

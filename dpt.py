@@ -14,7 +14,7 @@ import argparse
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from common import Run, add_training_flags, cli, set_lr
+from common import Run, add_flags, add_training_flags, cli, new_parser, set_lr
 from data import Encoder, LlavaData, micro_batches, schedule
 from losses import (
     Head,
@@ -30,41 +30,26 @@ from model import Llava
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    models = parser.add_argument_group("models")
-    models.add_argument(
-        "--vision", help="vision tower of a new student, hub name or folder (KD: SigLIP-so400m-384)"
-    )
-    models.add_argument(
-        "--llm", help="language model of a new student, hub name or folder (KD: Qwen1.5-0.5B)"
-    )
-    models.add_argument("--student", help="LLaVA checkpoint to train, instead of --vision and --llm")
-    models.add_argument(
-        "--teacher", help="LLaVA checkpoint to learn from (default: none, plain pre-training)"
-    )
-    models.add_argument(
-        "--caption_only",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="train on image and answer, without the question (default: yes, as LLaVA-1.5)",
-    )
-    loss = parser.add_argument_group("objective")
-    loss.add_argument(
-        "--targets",
-        nargs="*",
-        choices=("response", "visual", "prompt"),
-        default=["response", "visual"],
-        help="rows whose distribution is distilled, MDist (default: response visual, KD Table 4)",
-    )
-    loss.add_argument("--alpha", type=float, default=1.0, help="weight of L_res (default: 1, KD §4.1)")
-    loss.add_argument("--beta", type=float, default=1.0, help="weight of L_vis (default: 1, KD §4.1)")
-    loss.add_argument(
-        "--gamma", type=float, default=0.5, help="weight of L_rel, RDist; 0 is off (default: 0.5, KD §4.1)"
-    )
-    loss.add_argument("--delta", type=float, default=1.0, help="weight of the prompt's KL (default: 1, ours)")
-    args = add_training_flags(parser, lr=1e-3, global_batch=256, source="KD §4.1").parse_args(argv)
+    parser = new_parser(__doc__)
+    # fmt: off
+    add_flags(parser, "models", [
+        ("--vision", str, None, "vision tower of a new student, hub name or folder; KD: SigLIP-so400m-384"),
+        ("--llm", str, None, "language model of a new student, hub name or folder; KD: Qwen1.5-0.5B or 1.8B"),
+        ("--student", str, None, "LLaVA checkpoint to train, instead of --vision and --llm"),
+        ("--teacher", str, None, "LLaVA checkpoint to learn from; None is plain pre-training"),
+        ("--caption_only", bool, True, "train on image and answer, without the question; as LLaVA-1.5"),
+    ])
+    add_flags(parser, "objective", [
+        ("--targets", ["response", "visual", "prompt"], ["response", "visual"],
+         "rows whose distribution is distilled, MDist; KD Table 4"),
+        ("--alpha", float, 1.0, "weight of L_res; KD §4.1"),
+        ("--beta", float, 1.0, "weight of L_vis; KD §4.1"),
+        ("--gamma", float, 0.5, "weight of L_rel, RDist, 0: off; KD §4.1"),
+        ("--delta", float, 1.0, "weight of the prompt's KL, if it is a target"),
+    ])
+    # fmt: on
+    add_training_flags(parser, lr=1e-3, batch=256, source="KD §4.1")
+    args = parser.parse_args(argv)
     if bool(args.student) == bool(args.vision and args.llm) or bool(args.vision) != bool(args.llm):
         parser.error("give either --vision and --llm, for a new student, or --student")
     return args
@@ -90,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
                 Llava.from_checkpoint(args.teacher, run.dtype).to(run.device).eval().requires_grad_(False)
             )
             student.check_teacher(teacher)
-            shared = student.shares_encoder(teacher)
+            shared = student.share_encoder(teacher)
         student.requires_grad_(False).multi_modal_projector.requires_grad_(True)
         trained = [p for p in student.parameters() if p.requires_grad]
         if args.gradient_checkpointing:

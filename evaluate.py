@@ -23,9 +23,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from common import InputError, cli
-from data import check_images, load_image, read_records
-from model import IMAGE_TOKEN
+from common import InputError, add_flags, cli, new_parser
+from records import IMAGE_TOKEN, check_images, load_image, read_records
 
 # ---------------------------------------------------------------------------------- questions and answers
 
@@ -233,31 +232,23 @@ def _wrap(text: str, width: int = 42) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    what = parser.add_argument_group("what")
-    what.add_argument("--model", nargs="+", required=True, help="LLaVA checkpoints, hub names or folders")
-    what.add_argument("--questions", required=True, help="questions, .jsonl")
-    what.add_argument(
-        "--images", default=".", help="folder that image paths are relative to (default: %(default)s)"
-    )
-    what.add_argument(
-        "--metric", choices=METRICS, default="exact", help="how to score (default: %(default)s)"
-    )
-    what.add_argument("--suffix", default="", help="added to every question, such as '\\nAnswer the "
-                      "question using a single word or phrase.' of LLaVA-1.5 (default: nothing)")  # fmt: skip
-    how = parser.add_argument_group("how")
-    how.add_argument(
-        "--out", default="out/eval", help="folder for answers, scores, picture (default: %(default)s)"
-    )
-    how.add_argument(
-        "--sample", type=int, default=0, metavar="N", help="draw the first N questions (default: 0)"
-    )
-    how.add_argument("--batch", type=int, default=16, help="questions at a time (default: %(default)s)")
-    how.add_argument("--max_new_tokens", type=int, default=128, help="longest answer (default: %(default)s)")
-    how.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto",
-                     help="weights and arithmetic (default: bf16 on CUDA, else fp32)")  # fmt: skip
+    parser = new_parser(__doc__)
+    # fmt: off
+    add_flags(parser, "what", [
+        ("--model", [str], ..., "LLaVA checkpoints, hub names or folders"),
+        ("--questions", str, ..., "questions, .jsonl"),
+        ("--images", str, ".", "folder that image paths are relative to"),
+        ("--metric", tuple(METRICS), "exact", "how to score"),
+        ("--suffix", str, "", "added to every question, such as '\\nAnswer with a single word or phrase.'"),
+    ])
+    add_flags(parser, "how", [
+        ("--out", str, "out/eval", "folder for answers, scores and picture"),
+        ("--sample", int, 0, "draw this many of the questions, with every model's answer"),
+        ("--batch", int, 16, "questions at a time"),
+        ("--max_new_tokens", int, 128, "longest answer, in tokens"),
+        ("--dtype", ("auto", "bf16", "fp32"), "auto", "of weights and arithmetic; auto: bf16 on CUDA"),
+    ])
+    # fmt: on
     return parser.parse_args(argv)
 
 

@@ -11,19 +11,21 @@ import argparse
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from common import Run, add_training_flags, cli, set_lr
+from common import Run, add_flags, add_training_flags, cli, new_parser, set_lr
 from data import Encoder, LlavaData, micro_batches, schedule
 from losses import Head, autoregressive_loss, token_losses
 from model import Llava
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    models = parser.add_argument_group("models")
-    models.add_argument("--student", required=True, help="LLaVA checkpoint to train, hub name or folder")
-    return add_training_flags(parser, lr=2e-5, global_batch=128, source="KD §4.1").parse_args(argv)
+    parser = new_parser(__doc__)
+    # fmt: off
+    add_flags(parser, "models", [
+        ("--student", str, ..., "LLaVA checkpoint to train, hub name or folder"),
+    ])
+    # fmt: on
+    add_training_flags(parser, lr=2e-5, batch=128, source="KD §4.1")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,7 +17,7 @@ import dft
 import dpt
 import evaluate
 import sft
-from common import cli
+from common import add_flags, cli, new_parser
 from toy_world import BASE, write_world
 
 BATCH = 32
@@ -213,11 +213,9 @@ student never saw; one that sees them all has less to gain, and imitates distrib
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", default="out/toy", help="folder for everything (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=1, help="students per method (default: %(default)s)")
+    parser = new_parser(__doc__)
+    add_flags(parser, "lab", [("--out", str, "out/toy", "folder for everything"),
+                              ("--seeds", int, 1, "students per method")])  # fmt: skip
     return parser.parse_args(argv)
 
 

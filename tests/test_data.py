@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from common import InputError
-from data import IGNORE, Encoder, LlavaData, check_sample, global_batches, read_records, schedule
+from data import IGNORE, Encoder, LlavaData, global_batches, schedule
+from records import check_sample, read_records
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +188,7 @@ BAD = {
     "turn 1, needs 'from'": {"conversations": [turns("q")[0], {"from": "gpt", "value": 3}]},
     "turn 1, is 'human'": {"conversations": turns("q") + turns("q")},
     "does not end with a 'gpt'": {"conversations": turns("q")},
-    "in a gpt turn": {"conversations": turns("q", "<image>"), "image": "0.png"},
+    "turn 1, has <image>, but": {"conversations": turns("q", "<image>"), "image": "0.png"},
     r"2 <image> marker\(s\) and 1 image": GOOD | {"conversations": turns("<image> <image>", "ho")},
     r"0 <image> marker\(s\) and 1 image": GOOD | {"conversations": turns("hi", "ho")},
     r"1 <image> marker\(s\) and 0 image": {"conversations": turns("<image>", "ho")},

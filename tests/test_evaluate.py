@@ -87,7 +87,8 @@ def test_vqa_accuracy_by_hand():
 
 def test_vqa_normalisation():
     for raw, expected in (
-        ("The dog.", "dog"), ("TWO cats", "2 cats"), ("dont know", "don't know"), ("1,000", "1000"), ("3.5", "3.5"),
+        ("The dog.", "dog"), ("TWO cats", "2 cats"), ("dont know", "don't know"), ("1,000", "1000"),
+        ("3.5", "3.5"),
         ("black/white", "black white"), ("yes, it is", "yes it is"), ("what? no!", "what no"), ("none", "0"),
         ("couldnt've", "couldn't've"), ("couldn'tve", "couldn't've"), ("a\nb", "b"), ("oclock", "o'clock"),
     ):  # fmt: skip
@@ -97,8 +98,8 @@ def test_vqa_normalisation():
 def test_bad_questions(world, tmp_path):
     for line, message in (
         ({"image": "0.png"}, "needs 'text'"), ({"text": "?", "image": "0.png"}, "no 'label'"),
-        ({"text": "?", "image": "../x", "label": "y"}, "leaves"), ({"text": "<image> <image>", "image": "0.png",
-                                                                   "label": "y"}, "2 <image>"),
+        ({"text": "?", "image": "../x", "label": "y"}, "leaves"),
+        ({"text": "<image> <image>", "image": "0.png", "label": "y"}, "2 <image>"),
     ):  # fmt: skip
         (tmp_path / "q.jsonl").write_text(json.dumps(line))
         with pytest.raises(InputError, match=message):
