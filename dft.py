@@ -95,9 +95,7 @@ def main(argv: list[str] | None = None) -> None:
                             h_t = teacher(batch.input_ids, batch.attention_mask, z_t)  # (B, T, D_t)
 
                     # ---- Eq. (7), on the rows that some loss reads
-                    read = (
-                        batch.response | batch.visual * bool(beta) | batch.prompt * bool(delta)
-                    )  # (B, T), N True
+                    read = batch.response | batch.visual * bool(beta) | batch.prompt * bool(delta)  # (B, T)
                     s = Head(h_s[read].to(run.dtype), student.lm_head.weight)
                     t = Head(h_t[read].to(run.dtype), teacher.lm_head.weight)
                     w_res = batch.response[read] / max(n.response, 1)  # (N,) means over the global batch

@@ -2,7 +2,7 @@
 
 Trained: projector and LLM. Frozen: vision tower. The teacher is made with this very script too (§3.2).
 
-    torchrun --nproc_per_node 8 sft.py --student out/dpt \
+    torchrun --nproc_per_node 8 sft.py --student out/dpt \\
         --data llava_v1_5_mix665k.json --images IMAGES --out out/sft
 """
 
