@@ -201,31 +201,32 @@ def draw_sample(path: Path, questions: list[dict], answers: dict[str, list[str]]
 
     columns = min(4, len(questions))
     rows = -(-len(questions) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 4.2 * rows), squeeze=False)
+    text_height = 0.75 + 0.25 * len(answers)
+    size, ratios = (3.4 * columns, (3.4 + text_height) * rows), [3.4, text_height] * rows
+    figure, axes = plt.subplots(
+        2 * rows, columns, figsize=size, squeeze=False, height_ratios=ratios, layout="constrained"
+    )
     for axis in axes.flat:
         axis.axis("off")
-    for k, (q, axis) in enumerate(zip(questions, axes.flat)):
+    for k, q in enumerate(questions):
+        picture, below = axes[2 * (k // columns) : 2 * (k // columns) + 2, k % columns]
         if q["images"]:
-            axis.imshow(load_image(q["where"], image_root, q["images"][0]), interpolation="nearest")
+            picture.imshow(load_image(q["where"], image_root, q["images"][0]), interpolation="nearest")
+        picture.set_title(_wrap(q["text"]), fontsize=10, loc="left")
         reference = str(q.get("label", "; ".join(map(str, q.get("answers", [])))))
-        axis.set_title(_wrap(q["text"]), fontsize=10, loc="left")
         lines = [("reference", reference, "black")]
         for name, given in answers.items():
             right = given[k].strip().lower() == reference.strip().lower()
             lines.append((name, given[k], "#15803d" if right else "#b91c1c"))
-        y = -0.04
-        for name, text, color in lines:
-            text = _wrap(f"{name}: {text}")
-            axis.text(0, y, text, transform=axis.transAxes, fontsize=9, color=color, va="top")
-            y -= 0.075 * (text.count("\n") + 1)
-    figure.tight_layout()
+        for i, (name, text, color) in enumerate(lines):
+            below.text(0, 1 - i / len(lines), _wrap(f"{name}: {text}"), fontsize=9, color=color, va="top")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def _wrap(text: str, width: int = 42) -> str:
     text = "".join(c if c.isprintable() else " " for c in text).replace("$", r"\$")
-    return textwrap.fill(textwrap.shorten(text, 4 * width, placeholder=" ..."), width)
+    return textwrap.fill(textwrap.shorten(text, 2 * width, placeholder=" ..."), width)
 
 
 # ---------------------------------------------------------------------------------- command line
