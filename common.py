@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from data import Batch, LlavaData
 
 
-# How many rows of each kind, images, tokens and unreadable samples a global batch has.
+# Response, visual and prompt rows and images of a global batch per rank; its tokens and unreadable samples.
 Counts = namedtuple("Counts", "response visual prompt images tokens bad")
 
 
@@ -42,6 +42,20 @@ def cli(main: Callable[[], None]) -> None:
 
 
 # ---------------------------------------------------------------------------------- command line
+
+
+def positive(text: str) -> int:
+    """A whole number from 1, as a kind of flag."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """A whole number from 0, as a kind of flag."""
+    if int(text) < 0:
+        raise ValueError
+    return int(text)
 
 
 def new_parser(doc: str) -> argparse.ArgumentParser:
@@ -73,18 +87,18 @@ def add_training_flags(parser: argparse.ArgumentParser, lr: float, batch: int, s
     add_flags(parser, "data", [
         ("--data", str, ..., "training samples in LLaVA format, .json or .jsonl"),
         ("--images", str, ".", "folder that image paths are relative to"),
-        ("--max_len", int, 2048, "longest sequence in tokens, an image counts Np; as LLaVA-1.5"),
+        ("--max_len", positive, 2048, "longest sequence in tokens, an image counts Np; as LLaVA-1.5"),
         ("--group_by_modality", bool, True, "image and text-only samples in separate batches; as LLaVA-1.5"),
-        ("--skip_bad", int, 0, "go on without up to this many unreadable images, counted and reported"),
-        ("--workers", int, 4, "data processes per rank"),
+        ("--skip_bad", natural, 0, "go on without up to this many unreadable images, counted and reported"),
+        ("--workers", natural, 4, "data processes per rank"),
     ])
     add_flags(parser, "training", [
         ("--out", str, ..., "folder for the checkpoint and log.jsonl"),
         ("--lr", float, lr, f"peak learning rate; {source}"),
-        ("--global_batch", int, batch, f"samples per optimizer step, all ranks together; {source}"),
-        ("--micro_batch", int, 4, "samples per rank and forward pass: what fits into memory"),
-        ("--epochs", int, 1, "passes over the data; the papers'"),
-        ("--max_steps", int, 0, "stop after this many steps, 0: no limit"),
+        ("--global_batch", positive, batch, f"samples per optimizer step, all ranks together; {source}"),
+        ("--micro_batch", positive, 4, "samples per rank and forward pass: what fits into memory"),
+        ("--epochs", positive, 1, "passes over the data; the papers'"),
+        ("--max_steps", natural, 0, "stop after this many steps, 0: no limit"),
         ("--warmup", float, 0.03, "share of the steps that warm up, a cosine follows; as LLaVA-1.5"),
         ("--weight_decay", float, 0.0, "AdamW's; as LLaVA-1.5"),
         ("--max_grad_norm", float, 1.0, "gradients are clipped to this norm; as TinyLLaVA's trainer"),
@@ -121,8 +135,8 @@ class Run:
             dist.init_process_group("nccl" if cuda else "gloo")
         elif self.opened:  # plain `python dft.py`: a group of one, so that there is one code path
             dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-        bf16 = self.args.dtype == "bf16" or (self.args.dtype == "auto" and cuda)
-        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self.dtype = torch.bfloat16 if cuda else torch.float32
+        self.dtype = self.dtype_of(self.args.dtype)
         self.accumulation, rest = divmod(self.args.global_batch, self.args.micro_batch * self.world)
         if rest or not self.accumulation:
             raise InputError(
@@ -146,6 +160,9 @@ class Run:
         if self.main_rank:
             tqdm.write(message)
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        return {"auto": self.dtype, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
@@ -160,7 +177,10 @@ class Run:
         """True if the run is there and finished; an InputError if the folder belongs to a different run."""
         path, identity = self.out / "run.json", json.loads(json.dumps(self.identity()))
         if path.exists():
-            there = json.loads(path.read_text())
+            try:
+                there = dict(json.loads(path.read_text()))
+            except ValueError:
+                raise InputError(f"{path} cannot be read; delete {self.out} or take another folder") from None
             finished = there.pop("seconds", None) is not None
             differing = sorted(k for k in there.keys() | identity.keys() if there.get(k) != identity.get(k))
             if differing:
@@ -171,8 +191,10 @@ class Run:
             if finished:
                 self.say(f"{self.out}: this run is finished already")
                 return True
-        elif self.out.exists() and any(self.out.iterdir()):
-            raise InputError(f"--out {self.out} is not empty and holds no run of ours; take another folder")
+        elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise InputError(
+                f"--out {self.out} is no empty folder and holds no run of ours; take another folder"
+            )
         return False
 
     def _write_identity(self, seconds: float | None) -> None:
@@ -213,10 +235,15 @@ class Run:
     # ------------------------------------------------------------------ inside the loop
 
     def count(self, micros: list[Batch], n_visual_tokens: int) -> Counts:
-        """Rows in the whole global batch: over this step's micro-batches and over all ranks."""
+        """What the global batch holds, over this step's micro-batches and all ranks.
+
+        Rows and images are counted per rank, on average, and as 1 where there are none: a loss weighs its
+        rows by 1 / count, DDP averages over ranks: every loss is the mean over the rows of the global batch.
+        """
         counts = sum(batch.counts(n_visual_tokens) for batch in micros).to(self.device)
         dist.all_reduce(counts)
-        n = Counts(*counts.tolist())
+        *rows, tokens, bad = counts.tolist()
+        n = Counts(*[(count or 1) / self.world for count in rows], tokens, bad)
         self.n_bad += int(n.bad)
         mine = [message for batch in micros for message in batch.bad]
         for message in mine:
@@ -235,6 +262,7 @@ class Run:
         stacked = [torch.stack([value.detach().double() for value in terms.values()]) for terms in losses]
         values = torch.stack(stacked).sum(0)
         dist.all_reduce(values)
+        values /= self.world
         now = time.perf_counter()
         speed, self.clock = tokens / (now - self.clock), now
         if self.main_rank:
@@ -244,6 +272,10 @@ class Run:
                 file.write(json.dumps(line) + "\n")
             self.bar.set_postfix({k: f"{v:.3f}" for k, v in terms.items()}, refresh=False)
             self.bar.update()
+        if not math.isfinite(norm.item() + values.sum().item()):
+            raise InputError(
+                f"step {step}: the loss or its gradient is not finite; see {self.out / 'log.jsonl'}"
+            )
 
 
 def set_lr(optimizer: torch.optim.Optimizer, step: int, steps: int, peak: float, warmup: float) -> float:

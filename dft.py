@@ -14,16 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import Run, add_flags, add_training_flags, cli, new_parser, set_lr
 from data import Encoder, LlavaData, micro_batches, schedule
-from losses import (
-    Head,
-    autoregressive_loss,
-    dft_objective,
-    prompt_kl,
-    response_kl,
-    token_losses,
-    visual_kl,
-    visual_relation,
-)
+from fused import Head, gram, token_losses, visual_relation
+from losses import autoregressive_loss, dft_objective, prompt_kl, response_kl, visual_kl
 from model import Llava
 
 
@@ -33,6 +25,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_flags(parser, "models", [
         ("--student", str, ..., "LLaVA checkpoint to train, hub name or folder"),
         ("--teacher", str, ..., "LLaVA checkpoint to learn from, hub name or folder"),
+        ("--teacher_dtype", ("auto", "bf16", "fp32"), "auto", "of the teacher's weights; auto: as --dtype"),
     ])
     add_flags(parser, "objective", [
         ("--targets", ["response", "visual", "prompt"], ["response", "visual"],
@@ -43,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ("--delta", float, 1.0, "weight of the prompt's KL, if it is a target"),
     ])
     # fmt: on
-    add_training_flags(parser, lr=2e-5, batch=128, source="KD §4.1")
+    add_training_flags(parser, lr=2e-5, batch=128, source="KD §4.1, 16 a GPU x 8")
     return parser.parse_args(argv)
 
 
@@ -57,11 +50,15 @@ def main(argv: list[str] | None = None) -> None:
 
         # ---- models, and what is trained
         student = Llava.from_checkpoint(args.student).to(run.device)
-        teacher = Llava.from_checkpoint(args.teacher, run.dtype).to(run.device).eval()
+        teacher = Llava.from_checkpoint(args.teacher, run.dtype_of(args.teacher_dtype)).to(run.device).eval()
         student.check_teacher(teacher)
         shared = student.share_encoder(teacher)
         student.requires_grad_(True).vision_tower.requires_grad_(False)
         teacher.requires_grad_(False)
+        n_common = min(len(student.lm_head.weight), len(teacher.lm_head.weight))  # ids that both heads have
+        gram_s = gram_t = None
+        if args.gamma:
+            gram_t = gram(teacher.lm_head.weight[:n_common])
         trained = [p for p in student.parameters() if p.requires_grad]
         if args.gradient_checkpointing:
             student.language_model.activation_checkpointing_enable({"use_reentrant": False})
@@ -70,19 +67,23 @@ def main(argv: list[str] | None = None) -> None:
         )
 
         # ---- data
-        encoder = Encoder(student.processor, student.n_visual_tokens, args.max_len)
+        n_patches = student.n_visual_tokens
+        encoder = Encoder(student.processor, n_patches, args.max_len)
         processors = [student.processor] if shared else [student.processor, teacher.processor]
         data = LlavaData(args.data, args.images, encoder, processors, args.skip_bad)
         steps = schedule(data, args)
         batches = micro_batches(data, steps, run)
 
         # ---- the loop
-        optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
+        fused = run.device.type == "cuda"  # there it needs no temporary copy of the weights
+        optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=fused)
         run.start(student, len(steps), data, f"teacher {args.teacher}" + ", encoder shared" * shared)
         for step in range(len(steps)):
             lr = set_lr(optimizer, step, len(steps), args.lr, args.warmup)
             micros = [next(batches) for _ in range(run.accumulation)]
-            n = run.count(micros, student.n_visual_tokens)  # rows in the global batch
+            n = run.count(micros, n_patches)
+            if args.gamma:
+                gram_s = gram(student.lm_head.weight[:n_common])  # of this step's head
             losses = []
             for k, batch in enumerate(micros):
                 with run.sync(ddp, last=k == run.accumulation - 1):
@@ -90,33 +91,35 @@ def main(argv: list[str] | None = None) -> None:
                     with run.autocast():
                         z = student.encode_images(batch.pixel_values)  # (n, Np, C)
                         h_s = ddp(batch.input_ids, batch.attention_mask, z)  # (B, T, D_s)
-                        with torch.no_grad():
+                        with torch.inference_mode():
                             z_t = z if shared else teacher.encode_images(batch.teacher_pixel_values)
                             h_t = teacher(batch.input_ids, batch.attention_mask, z_t)  # (B, T, D_t)
 
-                    # ---- Eq. (7), on the rows that some loss reads
+                    # ---- Eq. (7), on the rows that some loss reads; by 1 / n the losses are global means
                     read = batch.response | batch.visual * bool(beta) | batch.prompt * bool(delta)  # (B, T)
-                    s = Head(h_s[read].to(run.dtype), student.lm_head.weight)
+                    s = Head(h_s[read].to(run.dtype), student.lm_head.weight)  # N rows
                     t = Head(h_t[read].to(run.dtype), teacher.lm_head.weight)
-                    w_res = batch.response[read] / max(n.response, 1)  # (N,) means over the global batch
-                    l_reg, l_res, l_vis, l_prompt = token_losses(s, [
-                        (autoregressive_loss, batch.targets[read], w_res),
-                        (response_kl, t, w_res),
-                        (visual_kl, t, batch.visual[read] / max(n.visual, 1)),
-                        (prompt_kl, t, batch.prompt[read] / max(n.prompt, 1)),
-                    ])  # fmt: skip
+                    w_res, w_vis = (
+                        batch.response[read] / n.response,
+                        bool(beta) * batch.visual[read] / n.visual,
+                    )  # (N,)
+                    w_prompt = batch.prompt[read] / n.prompt
+                    l_reg, l_res, l_vis, l_prompt, *g_s = token_losses(s, [
+                        (autoregressive_loss, batch.targets[read], w_res, 1.0),
+                        (response_kl, t, w_res, alpha),
+                        (visual_kl, t, w_vis, beta),
+                        (prompt_kl, t, w_prompt, delta),
+                    ], gram_s)  # fmt: skip
                     l_rel = h_s.new_zeros(())
                     if args.gamma:
-                        per_image = (len(z), student.n_visual_tokens)  # (n, Np)
-                        l_rel = visual_relation(
-                            Head(h_s[batch.visual].unflatten(0, per_image), student.lm_head.weight),
-                            Head(h_t[batch.visual].unflatten(0, per_image), teacher.lm_head.weight),
-                            weights=1 / max(n.images, 1),
-                        )
+                        y_s, y_t = (
+                            h[batch.visual].unflatten(0, (len(z), n_patches)) for h in (h_s, h_t)
+                        )  # (n, Np, D)
+                        l_rel = visual_relation(y_s, *g_s, y_t, gram_t, weights=1 / n.images)
                     loss = (
                         dft_objective(l_reg, l_res, l_vis, l_rel, alpha, beta, args.gamma) + delta * l_prompt
                     )
-                    (run.world * loss).backward()  # DDP averages over ranks; the weights above already did
+                    loss.backward()
                 terms = {"l_reg": l_reg, "l_res": l_res, "l_vis": l_vis, "l_rel": l_rel, "l_prompt": l_prompt}
                 losses.append({"loss": loss} | terms)
             norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)

@@ -17,13 +17,14 @@ import os
 import re
 import textwrap
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from common import InputError, add_flags, cli, new_parser
+from common import InputError, add_flags, cli, natural, new_parser, positive
+from model import load_stock
 from records import IMAGE_TOKEN, check_images, load_image, read_records
 
 # ---------------------------------------------------------------------------------- questions and answers
@@ -37,9 +38,18 @@ def read_questions(path: str, image_root: str, reference: str | None) -> list[di
             raise InputError(f"{where} is not a question: it needs 'text' (a string)")
         if reference and reference not in q:
             raise InputError(f"{where} has no '{reference}', which this metric compares the answer with")
+        if reference == "answers":
+            given = q["answers"] if isinstance(q["answers"], list) else []
+            q["answers"] = [a.get("answer") if isinstance(a, dict) else a for a in given]  # VQA's own form
+            if len(given) < 2 or not all(isinstance(a, str) for a in q["answers"]):
+                raise InputError(f"{where}: 'answers' must be a list of several humans' answers, ten in VQA")
+        image = q.get("image")
+        n_images = len(image) if isinstance(image, list) else int(image is not None)
+        images = check_images(where, image, q["text"].count(IMAGE_TOKEN) or n_images, image_root)
+        for name in images:
+            if not os.path.exists(os.path.join(image_root, name)):
+                raise InputError(f"{where}: image {os.path.join(image_root, name)} does not exist")
         text = q["text"].replace(IMAGE_TOKEN, "").strip()
-        n_images = len(q["image"]) if isinstance(q.get("image"), list) else int("image" in q)
-        images = check_images(where, q.get("image"), q["text"].count(IMAGE_TOKEN) or n_images, image_root)
         questions.append(q | {"text": text, "images": images, "where": where})
     if not questions:
         raise InputError(f"{path} holds no question")
@@ -61,8 +71,8 @@ def generate(
     torch_dtype = (
         torch.bfloat16 if dtype == "bf16" or (dtype == "auto" and device == "cuda") else torch.float32
     )
-    model = LlavaForConditionalGeneration.from_pretrained(model_path, dtype=torch_dtype).to(device).eval()
-    processor = AutoProcessor.from_pretrained(model_path)
+    model, processor = load_stock(model_path, torch_dtype)
+    model.to(device).eval()
     processor.tokenizer.padding_side = "left"  # so that every row's answer starts at the same place
     order = sorted(
         range(len(questions)), key=lambda i: (len(questions[i]["images"]), len(questions[i]["text"]))
@@ -110,28 +120,29 @@ def by_category(questions: list[dict], points: list[float]) -> dict:
 
 
 def multiple_choice(questions: list[dict], answers: list[str]) -> dict:
-    """Share of answers that name the option `label` (a letter): by letter, "the answer is B", or its text."""
+    """Share of answers that name the option `label`, a letter: "B", "(B)", "B. ...", "The answer is B" (as
+    LLaVA's ScienceQA script), or the option's own text where `options` are given.
+    """
     points = []
     for q, answer in zip(questions, answers):
-        found = re.match(r"\(?([A-Z])\)?(?:[.:,)]|\s|$)", answer.strip()) or re.search(
-            r"answer is:?\s*\(?([A-Z])\b", answer
-        )
+        answer, options = answer.strip(), [str(o).strip().rstrip(".").lower() for o in q.get("options", [])]
+        found = re.fullmatch(r"\(?([A-Z])\)?[.:]?", answer) or re.match(r"\(?([A-Z])\)?[.:] ", answer)
+        found = found or re.search(r"[Tt]he answer is:? \(?([A-Z])\b", answer)
         choice = found.group(1) if found else None
-        for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", q.get("options", [])):
-            if answer.strip().rstrip(".").lower() == str(option).strip().rstrip(".").lower():
-                choice = letter
-        points.append(float(choice == q["label"]))
+        if answer.rstrip(".").lower() in options:
+            choice = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[options.index(answer.rstrip(".").lower())]
+        points.append(float(choice == str(q["label"]).upper()))
     return by_category(questions, points)
 
 
 def pope(questions: list[dict], answers: list[str]) -> dict:
-    """POPE's scores, "yes" being the positive class. As in its own script, the first sentence is read, and
-    an answer is "no" if that contains the word "no" or "not", else "yes".
+    """POPE's scores as its own script has them, "yes" being the positive class: of an answer the first
+    sentence is read, and it is "no" if one of its words is "No", "not" or "no", else "yes".
     """
     tp = fp = tn = fn = 0
     for q, answer in zip(questions, answers):
-        words = answer.split(".")[0].replace(",", "").lower().split()
-        yes, truth = not ("no" in words or "not" in words), str(q["label"]).lower() == "yes"
+        words = answer.split(".")[0].replace(",", "").split(" ")
+        yes, truth = not {"No", "not", "no"} & set(words), q["label"] != "no"
         tp, fp = tp + (yes and truth), fp + (yes and not truth)
         tn, fn = tn + (not yes and not truth), fn + (not yes and truth)
     precision, recall = tp / max(tp + fp, 1), tp / max(tp + fn, 1)
@@ -146,8 +157,8 @@ def pope(questions: list[dict], answers: list[str]) -> dict:
 
 def vqa(questions: list[dict], answers: list[str]) -> dict:
     """VQA soft accuracy: an answer counts min(1, humans who gave it / 3), averaged over all subsets that
-    leave one of the (ten) humans out. Both sides are normalised; the official script leaves unanimous
-    references as they are.
+    leave one of the (ten) humans out. Departure: both sides are normalised alike; the official script
+    normalises references by punctuation only, and not at all where the humans agree.
     """
     points = []
     for q, answer in zip(questions, answers):
@@ -192,8 +203,10 @@ METRICS = {"exact": (exact_match, "label"), "choice": (multiple_choice, "label")
 # ---------------------------------------------------------------------------------- pictures
 
 
-def draw_sample(path: Path, questions: list[dict], answers: dict[str, list[str]], image_root: str) -> None:
-    """Images with question, reference and every model's answer, as in KD's Fig. 3; right answers green."""
+def draw_sample(
+    path: Path, questions: list[dict], answers: dict[str, list[str]], image_root: str, metric: Callable | None
+) -> None:
+    """Images with question, reference and every model's answer, as KD's Fig. 3; green: right by `metric`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -216,7 +229,7 @@ def draw_sample(path: Path, questions: list[dict], answers: dict[str, list[str]]
         reference = str(q.get("label", "; ".join(map(str, q.get("answers", [])))))
         lines = [("reference", reference, "black")]
         for name, given in answers.items():
-            right = given[k].strip().lower() == reference.strip().lower()
+            right = metric is None or metric([q], [given[k]])["accuracy"] > 50
             lines.append((name, given[k], "#15803d" if right else "#b91c1c"))
         for i, (name, text, color) in enumerate(lines):
             below.text(0, 1 - i / len(lines), _wrap(f"{name}: {text}"), fontsize=9, color=color, va="top")
@@ -244,9 +257,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     ])
     add_flags(parser, "how", [
         ("--out", str, "out/eval", "folder for answers, scores and picture"),
-        ("--sample", int, 0, "draw this many of the questions, with every model's answer"),
-        ("--batch", int, 16, "questions at a time"),
-        ("--max_new_tokens", int, 128, "longest answer, in tokens"),
+        ("--sample", natural, 0, "draw this many of the questions, with every model's answer"),
+        ("--batch", positive, 16, "questions at a time"),
+        ("--max_new_tokens", positive, 128, "longest answer, in tokens"),
         ("--dtype", ("auto", "bf16", "fp32"), "auto", "of weights and arithmetic; auto: bf16 on CUDA"),
     ])
     # fmt: on
@@ -283,7 +296,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
             print(f"{name}: " + ", ".join(f"{key} {value:.1f}" for key, value in flat.items()))
     (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
     if args.sample:
-        draw_sample(out / "sample.png", questions[: args.sample], answers, args.images)
+        draw_sample(out / "sample.png", questions[: args.sample], answers, args.images, metric)
     return scores
 
 

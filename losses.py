@@ -20,9 +20,6 @@ Conventions, for every function
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -166,51 +163,3 @@ def dft_objective(
     """L_DFT = L_reg + alpha' L_res + beta' L_vis + gamma' L_rel                   Eq. (7), arXiv
     2410.16236v1"""
     return l_reg + alpha * l_res + beta * l_vis + gamma * l_rel
-
-
-# ---------------------------------------------------------------------------------- from hidden states
-
-
-class Head(NamedTuple):
-    """Logits not formed yet: hidden (N, D) @ weight (V, D)^T."""
-
-    hidden: Tensor
-    weight: Tensor
-
-    def logits(self) -> Tensor:
-        return self.hidden @ self.weight.to(self.hidden.dtype).mT  # (N, V)
-
-
-Term = tuple[Callable[..., Tensor], "Tensor | Head", Tensor]
-
-
-def token_losses(student: Head, terms: Sequence[Term]) -> list[Tensor]:
-    """The values of several token losses over the same N rows.
-
-    terms: (loss, target, weights) each; `target` is (N,) token ids, or the teacher's `Head` over the same
-    rows. Every loss is a weighted sum over rows, so a caller need not know how many rows are formed at a
-    time.
-    """
-    logits = student.logits()
-    formed = {}
-    for _, target, _ in terms:
-        if isinstance(target, Head) and id(target) not in formed:
-            formed[id(target)] = target.logits()
-    return [loss(logits, formed.get(id(target), target), weights) for loss, target, weights in terms]
-
-
-def visual_relation(
-    student: Head, teacher: Head, weights: Tensor | float | None = None, columns: bool = False
-) -> Tensor:
-    """Eq. (5) from hidden states (n, Np, D). No logits: Y Y^T = H W^T W H^T, and W^T W is only (D, D)."""
-    v = min(len(student.weight), len(teacher.weight))  # the common ids
-    student_r, teacher_r = (
-        full_precision(h) @ gram(w[:v]) @ full_precision(h).mT for h, w in (student, teacher)
-    )  # (n, Np, Np)
-    return relation_loss(student_r, teacher_r, weights, columns)
-
-
-def gram(weight: Tensor) -> Tensor:
-    """(V, D) -> W^T W (D, D)"""
-    w = full_precision(weight)
-    return w.mT @ w

@@ -19,12 +19,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
 from common import InputError
 from records import IMAGE_TOKEN
 
 hf.utils.logging.disable_progress_bar()  # the stages have one of their own
+hf.utils.logging.set_verbosity_error()  # what matters of loading is checked in `complete`
 # One template for training masks, generation and every outside tool. The answer's leading space is inside
 # the generation block: with "ASSISTANT: " a BPE would merge that space into the first answer token in
 # training only.
@@ -63,29 +65,31 @@ class Llava(nn.Module):
     @classmethod
     def from_parts(cls, vision: str, llm: str) -> Llava:
         """A new model from a pre-trained tower and LLM (hub names or folders) and a fresh projector."""
-        with loading(f"--vision {vision} and --llm {llm}"):
+        with loading(f"--vision {vision}"):
             tower_config = hf.AutoConfig.from_pretrained(vision)
             tower_config = getattr(tower_config, "vision_config", tower_config)  # the image half of a SigLIP
             tower_config.vision_use_head = False  # the pooling head is never read
-            tower = hf.AutoModel.from_pretrained(vision, config=tower_config, dtype=torch.float32)
+            tower = complete(vision, hf.AutoModel, config=tower_config)
             image_processor = hf.AutoImageProcessor.from_pretrained(vision)
-            llm = hf.AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32)
-            tokenizer = hf.AutoTokenizer.from_pretrained(llm.name_or_path)
+        with loading(f"--llm {llm}"):
+            language = complete(llm, hf.AutoModelForCausalLM)
+            tokenizer = hf.AutoTokenizer.from_pretrained(llm)
+            body = language.model  # as Qwen, Llama and their kin call it
         tokenizer.add_tokens(hf.AddedToken(IMAGE_TOKEN, special=True, normalized=False))
         tokenizer.chat_template = CHAT_TEMPLATE
-        if len(tokenizer) > llm.config.vocab_size:  # Qwen's padding rows have room; others may not
-            llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+        if len(tokenizer) > language.config.vocab_size:  # Qwen's padding rows have room; others may not
+            language.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
         has_cls = hasattr(tower.embeddings, "class_embedding")  # CLIP's; of SigLIP all tokens are patches
         strategy = "default" if has_cls else "full"
         config = hf.LlavaConfig(  # of copies: it would reset the attention of the configs it is given
             vision_config=copy.deepcopy(tower_config),
-            text_config=copy.deepcopy(llm.config),
+            text_config=copy.deepcopy(language.config),
             image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
             image_seq_length=(tower_config.image_size // tower_config.patch_size) ** 2,
             projector_hidden_act="gelu",
             vision_feature_layer=-2,
             vision_feature_select_strategy=strategy,
-            tie_word_embeddings=llm.config.tie_word_embeddings,
+            tie_word_embeddings=language.config.tie_word_embeddings,
         )
         processor = hf.LlavaProcessor(
             image_processor,
@@ -95,23 +99,13 @@ class Llava(nn.Module):
             num_additional_image_tokens=int(has_cls),
             chat_template=CHAT_TEMPLATE,
         )
-        projector = Projector(tower_config.hidden_size, llm.config.hidden_size)
-        return cls(config, processor, tower, projector, llm.model, llm.lm_head)
+        projector = Projector(tower_config.hidden_size, language.config.hidden_size)
+        return cls(config, processor, tower, projector, body, language.lm_head)
 
     @classmethod
     def from_checkpoint(cls, path: str, dtype: torch.dtype = torch.float32) -> Llava:
         """A LLaVA-format checkpoint, own or published (hub name or folder)."""
-        with loading(path):
-            kind = hf.AutoConfig.from_pretrained(path).model_type
-            if kind != "llava":
-                raise InputError(f"{path} holds a '{kind}' model: give a LLaVA-format checkpoint")
-            llava, report = hf.LlavaForConditionalGeneration.from_pretrained(
-                path, dtype=dtype, output_loading_info=True
-            )
-            processor = hf.AutoProcessor.from_pretrained(path)
-        lost = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-        if lost:
-            raise InputError(f"{path} lacks {len(lost)} of the model's weights, the first is {lost[0]}")
+        llava, processor = load_stock(path, dtype)
         m = llava.model
         return cls(
             llava.config, processor, m.vision_tower, m.multi_modal_projector, m.language_model, llava.lm_head
@@ -166,6 +160,11 @@ class Llava(nn.Module):
                 f"{len(mine)} tokens, the teacher's {len(theirs)}; {token!r} is id {mine.get(token)} for the "
                 f"student and {theirs.get(token)} for the teacher. Take both from one LLM family"
             )
+        indices = self.config.image_token_index, teacher.config.image_token_index
+        if indices[0] != indices[1]:
+            raise InputError(
+                f"{IMAGE_TOKEN} is token {indices[0]} for the student and {indices[1]} for the teacher"
+            )
         if self.n_visual_tokens != teacher.n_visual_tokens:
             raise InputError(
                 f"an image is {self.n_visual_tokens} tokens for the student and {teacher.n_visual_tokens} "
@@ -190,15 +189,47 @@ class Llava(nn.Module):
 
     def save(self, out: str | Path) -> None:
         """Write a checkpoint that `LlavaForConditionalGeneration` and `AutoProcessor` load unchanged."""
-        with torch.device("meta"):
-            stock = hf.LlavaForConditionalGeneration(self.config)
-        stock.model.vision_tower, stock.lm_head = self.vision_tower, self.lm_head
-        stock.model.multi_modal_projector = self.multi_modal_projector
-        stock.model.language_model = self.language_model
+        Path(out).mkdir(parents=True, exist_ok=True)
+        names = {  # those of published checkpoints, which every version of transformers and vLLM reads
+            "vision_tower.vision_model": self.vision_tower,
+            "multi_modal_projector": self.multi_modal_projector,
+            "language_model.model": self.language_model,
+        }
+        if not self.config.tie_word_embeddings:
+            names["language_model.lm_head"] = self.lm_head
+        weights = {f"{name}.{k}": v for name, part in names.items() for k, v in part.state_dict().items()}
+        save_torch_state_dict(weights, str(out))  # safetensors, in shards if it must be
+        config = copy.deepcopy(self.config)
+        config.architectures = ["LlavaForConditionalGeneration"]
+        rope = getattr(config.text_config, "rope_parameters", None) or {}
+        config.text_config.rope_theta = rope.get("rope_theta", 10_000.0)  # where transformers 4 looks for it
+        config.save_pretrained(out)
         ends = self.processor.tokenizer.eos_token_id, self.processor.tokenizer.pad_token_id
-        stock.generation_config = hf.GenerationConfig(eos_token_id=ends[0], pad_token_id=ends[1])
-        stock.save_pretrained(out)
+        hf.GenerationConfig(eos_token_id=ends[0], pad_token_id=ends[1]).save_pretrained(out)
         self.processor.save_pretrained(out)
+
+
+def load_stock(path: str, dtype: torch.dtype) -> tuple[hf.LlavaForConditionalGeneration, hf.LlavaProcessor]:
+    """Model and processor of a LLaVA-format checkpoint, or an InputError."""
+    with loading(f"the checkpoint {path}"):
+        config = hf.AutoConfig.from_pretrained(path)
+        if config.model_type != "llava":
+            raise InputError(f"{path} holds a '{config.model_type}' model: give a LLaVA-format checkpoint")
+        if not isinstance(config.vision_feature_layer, int):
+            raise InputError(
+                f"{path} reads several vision layers {config.vision_feature_layer}; only one is possible"
+            )
+        llava = complete(path, hf.LlavaForConditionalGeneration, dtype=dtype)
+        return llava, hf.AutoProcessor.from_pretrained(path)
+
+
+def complete(path: str, kind: type, dtype: torch.dtype = torch.float32, **options: object) -> nn.Module:
+    """`kind.from_pretrained(path)`, or an InputError if any weight is missing there and would be random."""
+    model, report = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+    lost = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if lost:
+        raise InputError(f"{path} lacks {len(lost)} of the model's weights, the first is {lost[0]}")
+    return model
 
 
 @contextlib.contextmanager
@@ -206,8 +237,11 @@ def loading(what: str) -> Iterator[None]:
     """Whatever transformers says when it cannot load something, as one sentence."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load {what}: {str(error).strip().splitlines()[0]}") from None
+    except InputError:
+        raise
+    except Exception as error:  # a missing file, a cut one, shapes that differ: each has a type of its own
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"cannot load {what}: {lines[0]}") from None
 
 
 class Projector(nn.Module):

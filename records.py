@@ -15,20 +15,20 @@ ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
 
 def read_records(path: str | Path) -> list[tuple[str, dict]]:
-    """The records of a .json (one list) or .jsonl (one object a line) file, each with where it stands."""
+    """The records of a file that is one JSON list, or one object a line, each with where it stands.
+
+    The first character tells which, not the name: POPE's files, for one, are lines of objects named .json.
+    """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"cannot read the data file {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}); is it a JSON file?") from None
-    if str(path).endswith(".jsonl"):
-        pieces = [(f"{path} line {k}", line) for k, line in enumerate(text.split("\n"), 1) if line.strip()]
-        return [(where, _parse(where, piece)) for where, piece in pieces]
-    records = _parse(str(path), text)
-    if not isinstance(records, list):
-        raise InputError(f"{path} holds a JSON {type(records).__name__}, not a list of samples")
-    return [(f"{path} sample {i}", record) for i, record in enumerate(records)]
+    if text.lstrip().startswith("["):
+        return [(f"{path} sample {i}", record) for i, record in enumerate(_parse(str(path), text))]
+    lines = [(f"{path} line {k}", line) for k, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [(where, _parse(where, line)) for where, line in lines]
 
 
 def _parse(where: str, text: str) -> object:
@@ -49,26 +49,30 @@ def check_sample(where: str, record: object, image_root: str) -> tuple[list[dict
         raise InputError(f"{where} has no 'conversations' list of turns")
     messages, n_markers = [], 0
     for k, turn in enumerate(turns):
-        role = ROLES.get(turn.get("from")) if isinstance(turn, dict) else None
+        speaker = turn.get("from") if isinstance(turn, dict) else None
+        role = ROLES.get(speaker) if isinstance(speaker, str) else None
         if role is None or not isinstance(turn.get("value"), str):
             raise InputError(f"{where}, turn {k}, needs 'from' (human, gpt or system) and 'value' (a string)")
-        expected = ("user", "assistant")[len([m for m in messages if m["role"] != "system"]) % 2]
-        if role != expected and not (role == "system" and k == 0):
-            raise InputError(f"{where}, turn {k}, is '{turn['from']}': turns go human, gpt, human, gpt, ...")
-        count = turn["value"].count(IMAGE_TOKEN)
-        if count and role != "user":
+        talk = [m["role"] for m in messages if m["role"] != "system"]
+        if role == "assistant" and not talk and IMAGE_TOKEN not in turn["value"]:
+            continue  # as LLaVA-1.5, whose data has conversations that begin with an answer
+        if role != ("user", "assistant")[len(talk) % 2] and not (role == "system" and k == 0):
+            raise InputError(f"{where}, turn {k}, is '{speaker}': turns go human, gpt, human, gpt, ...")
+        *pieces, last = turn["value"].split(IMAGE_TOKEN)
+        if pieces and role != "user":
             raise InputError(f"{where}, turn {k}, has {IMAGE_TOKEN}, but only human turns may hold images")
-        n_markers += count
-        text = {"type": "text", "text": turn["value"].replace(IMAGE_TOKEN, "").strip()}
-        messages.append({"role": role, "content": [{"type": "image"}] * count + [text]})
-    if messages[-1]["role"] != "assistant":
-        raise InputError(f"{where} does not end with a 'gpt' turn: there is no answer to learn")
+        n_markers += len(pieces)
+        text = "".join([*pieces, last]).replace(IMAGE_TOKEN, "").strip()
+        content = [{"type": "image"}] * len(pieces) + [{"type": "text", "text": text}]
+        messages.append({"role": role, "content": content})
+    if not any(m["role"] == "assistant" for m in messages):
+        raise InputError(f"{where} has no 'gpt' turn that answers a human one: there is nothing to learn")
     images = check_images(where, record.get("image"), n_markers, image_root)
     return messages, images
 
 
 def check_images(where: str, images: object, n_markers: int, image_root: str) -> list[str]:
-    """The record's image paths, inside `image_root`, existing, and as many as there are `<image>` markers."""
+    """The record's image paths: inside `image_root`, and as many as there are `<image>` markers."""
     images = [] if images is None else [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(p, str) and p for p in images):
         raise InputError(f"{where}: 'image' must be a path or a list of paths")
@@ -85,7 +89,9 @@ def load_image(where: str, image_root: str, path: str) -> Image.Image:
     """The image as RGB, upright; an InputError names the sample and the file."""
     full = os.path.realpath(os.path.join(image_root, path))
     if not full.startswith(os.path.join(os.path.realpath(image_root), "")):
-        raise InputError(f"{where}: image {path} leaves the image folder {image_root} through a link")
+        raise InputError(
+            f"{where}: image {path} leads out of {image_root} by a link; point --images higher or copy it"
+        )
     try:
         with Image.open(full) as image:
             return ImageOps.exif_transpose(image).convert("RGB")

@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import Run, add_flags, add_training_flags, cli, new_parser, set_lr
 from data import Encoder, LlavaData, micro_batches, schedule
-from losses import Head, autoregressive_loss, token_losses
+from fused import Head, token_losses
+from losses import autoregressive_loss
 from model import Llava
 
 
@@ -24,7 +25,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ("--student", str, ..., "LLaVA checkpoint to train, hub name or folder"),
     ])
     # fmt: on
-    add_training_flags(parser, lr=2e-5, batch=128, source="KD §4.1")
+    add_training_flags(parser, lr=2e-5, batch=128, source="KD §4.1, 16 a GPU x 8")
     return parser.parse_args(argv)
 
 
@@ -45,18 +46,20 @@ def main(argv: list[str] | None = None) -> None:
         )
 
         # ---- data
-        encoder = Encoder(student.processor, student.n_visual_tokens, args.max_len)
+        n_patches = student.n_visual_tokens
+        encoder = Encoder(student.processor, n_patches, args.max_len)
         data = LlavaData(args.data, args.images, encoder, [student.processor], args.skip_bad)
         steps = schedule(data, args)
         batches = micro_batches(data, steps, run)
 
         # ---- the loop
-        optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
+        fused = run.device.type == "cuda"  # there it needs no temporary copy of the weights
+        optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=fused)
         run.start(student, len(steps), data)
         for step in range(len(steps)):
             lr = set_lr(optimizer, step, len(steps), args.lr, args.warmup)
             micros = [next(batches) for _ in range(run.accumulation)]
-            n = run.count(micros, student.n_visual_tokens)  # rows in the global batch
+            n = run.count(micros, n_patches)
             losses = []
             for k, batch in enumerate(micros):
                 with run.sync(ddp, last=k == run.accumulation - 1):
@@ -65,12 +68,12 @@ def main(argv: list[str] | None = None) -> None:
                         z = student.encode_images(batch.pixel_values)  # (n, Np, C)
                         h = ddp(batch.input_ids, batch.attention_mask, z)  # (B, T, D)
 
-                    # ---- Eq. (1), on the rows that predict an answer token
-                    read = batch.response  # (B, T), N of them True
-                    s = Head(h[read].to(run.dtype), student.lm_head.weight)
-                    w_res = read[read] / max(n.response, 1)  # (N,) mean over the global batch
-                    (loss,) = token_losses(s, [(autoregressive_loss, batch.targets[read], w_res)])
-                    (run.world * loss).backward()  # DDP averages over ranks; the weights above already did
+                    # ---- Eq. (1), on the rows that predict an answer; by 1 / n the loss is a global mean
+                    read = batch.response  # (B, T)
+                    s = Head(h[read].to(run.dtype), student.lm_head.weight)  # N rows
+                    w_res = read[read] / n.response  # (N,)
+                    (loss,) = token_losses(s, [(autoregressive_loss, batch.targets[read], w_res, 1.0)])
+                    loss.backward()
                 losses.append({"loss": loss})
             norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
             optimizer.step()

@@ -17,7 +17,7 @@ import dft
 import dpt
 import evaluate
 import sft
-from common import add_flags, cli, new_parser
+from common import add_flags, cli, new_parser, positive
 from toy_world import BASE, write_world
 
 BATCH = 32
@@ -193,7 +193,7 @@ def write_report(lab: Lab) -> str:
             folder = out / "eval" / Path(row["stages"][-1]).relative_to(out)
             lines = (folder / f"{Path(row['stages'][-1]).name}.jsonl").read_text().splitlines()
             answers[row["method"]] = [json.loads(line)["text"] for line in lines]
-    evaluate.draw_sample(out / "sample.png", picked, answers, str(lab.world / "images"))
+    evaluate.draw_sample(out / "sample.png", picked, answers, str(lab.world / "images"), evaluate.exact_match)
     text = f"""# The toy world
 
 {table(rows)}
@@ -219,7 +219,7 @@ The teacher saw 4,000 scenes in every row. On 400 scenes it can teach the studen
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add_flags(parser, "lab", [("--out", str, "out/toy", "folder for everything"),
-                              ("--seeds", int, 1, "students per method")])  # fmt: skip
+                              ("--seeds", positive, 1, "students per method")])  # fmt: skip
     return parser.parse_args(argv)
 
 

@@ -55,8 +55,33 @@ def test_a_folder_that_holds_another_run(argv, tmp_path):
 def test_a_folder_that_holds_something_else(argv, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match="is not empty"):
+    with pytest.raises(InputError, match="is no empty folder"):
         sft.main(argv())
+
+
+def test_a_folder_that_is_a_file_or_broken(argv, tmp_path):
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(InputError, match="is no empty folder"):
+        sft.main(argv())
+    (tmp_path / "out").unlink()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text('{"stage"')
+    with pytest.raises(InputError, match="run.json cannot be read"):
+        sft.main(argv())
+
+
+@pytest.mark.parametrize("flag", ["micro_batch", "global_batch", "epochs", "max_steps", "workers", "max_len"])
+def test_numbers_out_of_range(argv, flag, capsys):
+    with pytest.raises(SystemExit):
+        sft.parse_args(argv(**{flag: -1}))
+    assert f"--{flag}: invalid" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_stops_and_saves_nothing(argv, tmp_path):
+    with pytest.raises(InputError, match="step 1: the loss or its gradient is not finite"):
+        sft.main(argv(lr=float("inf")))
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["seconds"] is None
 
 
 def test_a_teacher_with_another_tokenizer(argv, checkpoints, tmp_path):
@@ -140,7 +165,27 @@ def test_dpt_wants_a_student_or_its_parts(parts, capsys):
         assert "--vision and --llm" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", ["dpt", "sft", "dft", "evaluate", "toy"])
+def test_prompt_tokens_need_prompts(parts, capsys):
+    flags = [
+        "--student",
+        "s",
+        "--teacher",
+        "t",
+        "--data",
+        "d",
+        "--out",
+        "o",
+        "--targets",
+        "response",
+        "prompt",
+    ]
+    with pytest.raises(SystemExit):
+        dpt.parse_args(flags)
+    assert "--no-caption_only" in capsys.readouterr().err
+    assert dpt.parse_args([*flags, "--no-caption_only"]).targets == ["response", "prompt"]
+
+
+@pytest.mark.parametrize("script", ["dpt", "sft", "dft", "evaluate", "toy", "bench"])
 def test_help_states_every_default(script, monkeypatch, capsys):
     seen = []
     parse = argparse.ArgumentParser.parse_args

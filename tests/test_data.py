@@ -187,7 +187,8 @@ BAD = {
     "turn 0, needs 'from'": {"conversations": [{"value": "x"}]},
     "turn 1, needs 'from'": {"conversations": [turns("q")[0], {"from": "gpt", "value": 3}]},
     "turn 1, is 'human'": {"conversations": turns("q") + turns("q")},
-    "does not end with a 'gpt'": {"conversations": turns("q")},
+    "no 'gpt' turn": {"conversations": turns("q")},
+    "turn 0, needs 'from' ": {"conversations": [{"from": ["human"], "value": "x"}]},
     "turn 1, has <image>, but": {"conversations": turns("q", "<image>"), "image": "0.png"},
     r"2 <image> marker\(s\) and 1 image": GOOD | {"conversations": turns("<image> <image>", "ho")},
     r"0 <image> marker\(s\) and 1 image": GOOD | {"conversations": turns("hi", "ho")},
@@ -215,15 +216,36 @@ def test_a_bad_record_is_named(world, processor, message, tmp_path):
 def test_unreadable_files(tmp_path):
     (tmp_path / "cut.json").write_text('[{"id": 1},\n {"id"')
     (tmp_path / "cut.jsonl").write_text('{"id": 1}\n{"id"')
-    (tmp_path / "dict.json").write_text("{}")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "deep.json").write_text("[" * 100_000)
     for name, message in (("none.json", "cannot read"), ("cut.json", "not valid JSON.*line 2"),
-                          ("dict.json", "dict"), ("cut.jsonl", "line 2 is not valid JSON"),
+                          ("cut.jsonl", "line 2 is not valid JSON"),
                           ("binary.json", "not UTF-8"),
                           ("deep.json", "not valid JSON")):  # fmt: skip
         with pytest.raises(InputError, match=message):
             read_records(tmp_path / name)
+
+
+def test_lines_of_objects_may_be_called_json(tmp_path):
+    """As POPE's files are; and an UTF-8 byte order mark is no data."""
+    (tmp_path / "q.json").write_text('\ufeff{"a": 1}\n\n{"a": 2}\n', encoding="utf-8")
+    assert read_records(tmp_path / "q.json") == [
+        (f"{tmp_path}/q.json line {k}", {"a": a}) for k, a in ((1, 1), (3, 2))
+    ]
+
+
+def test_a_leading_answer_is_left_out_and_a_trailing_question_is_not_learned(processor):
+    """As LLaVA-1.5 does with the conversations of its mix that begin with an answer."""
+    odd = [{"from": "gpt", "value": "hello"}, *turns("how many ?", "two", "and now ?")]
+    sample = check_sample("s", {"conversations": odd}, ".")[0]
+    ids, labels, _ = encoder(processor)(sample)
+    assert decode(processor, ids) == "USER: how many ? ASSISTANT: two<|endoftext|>USER: and now ? "
+    assert decode(processor, [i for i, label in zip(ids, labels) if label != IGNORE]) == " two<|endoftext|>"
+
+
+def test_markers_cannot_be_smuggled_in(processor):
+    sample = check_sample("s", {"conversations": turns("<im<image>age> hi", "ho"), "image": "a.png"}, ".")[0]
+    assert encoder(processor)(sample)[0].count(372) == NP
 
 
 def test_nothing_left_after_length_filtering(world, processor):
@@ -244,5 +266,5 @@ def test_corrupt_images_become_empty_samples_that_are_counted(world, processor, 
     batch = data.collate([data[0], data[1]])
     assert "0.png cannot be read" in batch.bad[0]
     assert "(id g)" in batch.bad[0]
-    assert "leaves the image folder" in batch.bad[1]
+    assert "leads out of" in batch.bad[1]
     assert batch.counts(NP).tolist() == [0, 0, 0, 0, 2, 2]

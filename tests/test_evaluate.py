@@ -63,19 +63,53 @@ def test_exact_match_overall_and_by_category():
 
 def test_pope_by_hand():
     labels = ["yes", "yes", "yes", "no", "no", "no", "no", "no"]
-    answers = ["Yes.", "yes, there is", "No", "no", "There is not. Yes", "Yes", "not really", "No, none."]
+    answers = [
+        "Yes.",
+        "yes, there is",
+        "No",
+        "no",
+        "There is not. Yes",
+        "Yes",
+        "it is not, really",
+        "No, none.",
+    ]
     scores = pope([{"label": label} for label in labels], answers)  # TP 2, FN 1, TN 4, FP 1
     expected = {"accuracy": 75, "precision": 200 / 3, "recall": 200 / 3, "f1": 200 / 3, "yes_ratio": 37.5}
     assert scores == pytest.approx(expected)
     assert pope([{"label": "yes"}], ["no"])["f1"] == 0
+    assert (
+        pope([{"label": "no"}] * 2, ["NO", "Not really"])["accuracy"] == 0
+    )  # as POPE's own script reads them
 
 
 def test_multiple_choice():
-    question = {"label": "B", "options": ["a cat", "a dog", "A"]}
-    right = ["B", "B.", "(B)", "B: a dog", "The answer is B.", "a dog", "A dog."]
-    wrong = ["A", "C", "", "both", "Because", "a cat", "The answer is (A)", "Bad"]
+    question = {"label": "B", "options": ["a cat", "a dog", "a"]}
+    right = [
+        "B",
+        "B.",
+        "(B)",
+        "B: a dog",
+        "B. a dog",
+        "The answer is B.",
+        "the answer is (B)",
+        "a dog",
+        "A dog.",
+    ]
+    wrong = [
+        "A",
+        "C",
+        "",
+        "both",
+        "Because",
+        "a cat",
+        "The answer is (A)",
+        "Bad",
+        "A person",
+        "I think B is it",
+    ]
     assert multiple_choice([question] * len(right), right)["accuracy"] == 100
     assert multiple_choice([question] * len(wrong), wrong)["accuracy"] == 0
+    assert multiple_choice([{"label": "b"}], ["B"])["accuracy"] == 100
 
 
 def test_vqa_accuracy_by_hand():
@@ -95,6 +129,31 @@ def test_vqa_normalisation():
         assert normalize_vqa(raw) == expected, raw
 
 
+def test_what_is_no_llava_checkpoint_is_refused(questions, world, parts):
+    for path, message in (
+        (parts["small"], "'qwen2' model"),
+        ("/nowhere", "cannot load the checkpoint /nowhere"),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluate.generate(path, evaluate.read_questions(str(questions), str(world / "images"), None), ".")
+
+
+def test_only_the_last_position_gets_logits(questions, world, checkpoints, monkeypatch):
+    from torch import nn
+
+    rows, forward = [], nn.Linear.forward
+    is_head = lambda layer: layer.out_features == 448  # noqa: E731
+    monkeypatch.setattr(
+        nn.Linear,
+        "forward",
+        lambda self, x: (rows.append(x.shape[1]) if is_head(self) else None, forward(self, x))[1],
+    )
+    checked = evaluate.read_questions(str(questions), str(world / "images"), None)
+    evaluate.generate(checkpoints["small"], checked, str(world / "images"), max_new_tokens=3)
+    assert rows
+    assert set(rows) == {1}
+
+
 def test_bad_questions(world, tmp_path):
     for line, message in (
         ({"image": "0.png"}, "needs 'text'"), ({"text": "?", "image": "0.png"}, "no 'label'"),
@@ -104,6 +163,17 @@ def test_bad_questions(world, tmp_path):
         (tmp_path / "q.jsonl").write_text(json.dumps(line))
         with pytest.raises(InputError, match=message):
             evaluate.read_questions(str(tmp_path / "q.jsonl"), str(world / "images"), "label")
+    for answers in ("two", [], ["two"], None, [1, 2]):
+        (tmp_path / "q.jsonl").write_text(json.dumps({"text": "?", "answers": answers}))
+        with pytest.raises(InputError, match="several humans"):
+            evaluate.read_questions(str(tmp_path / "q.jsonl"), ".", "answers")
+    (tmp_path / "q.jsonl").write_text(
+        json.dumps({"text": "?", "answers": [{"answer": "2"}, {"answer": "3"}]})
+    )
+    assert evaluate.read_questions(str(tmp_path / "q.jsonl"), ".", "answers")[0]["answers"] == ["2", "3"]
+    (tmp_path / "q.jsonl").write_text(json.dumps({"text": "?", "image": "no.png", "label": "y"}))
+    with pytest.raises(InputError, match="no.png does not exist"):
+        evaluate.read_questions(str(tmp_path / "q.jsonl"), str(world / "images"), "label")
     (tmp_path / "q.jsonl").write_text("")
     with pytest.raises(InputError, match="holds no question"):
         evaluate.read_questions(str(tmp_path / "q.jsonl"), ".", None)

@@ -1,9 +1,14 @@
 """The model here against stock transformers, in both directions."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import NP, llava_config
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoProcessor,
     CLIPImageProcessorPil,
@@ -50,6 +55,12 @@ def test_a_saved_checkpoint_loads_in_stock_transformers(checkpoints, name):
     assert (stock.lm_head.weight is stock.model.language_model.embed_tokens.weight) == (name == "small")
     processor = AutoProcessor.from_pretrained(path)
     assert_equal_logits(Llava.from_checkpoint(path), stock, processor)
+    names = set(load_file(f"{path}/model.safetensors"))  # the layout of published checkpoints
+    assert "vision_tower.vision_model.embeddings.position_embedding.weight" in names
+    assert "language_model.model.embed_tokens.weight" in names
+    assert ("language_model.lm_head.weight" in names) == (name == "large")
+    text = json.loads(Path(path, "config.json").read_text())["text_config"]
+    assert text["rope_theta"] == 10_000.0  # where transformers 4 and others look for it
     assert stock.config.vision_feature_layer == -2
     assert stock.config.vision_feature_select_strategy == "full"
     assert stock.generation_config.eos_token_id == processor.tokenizer.eos_token_id
@@ -138,6 +149,25 @@ def test_a_vocabulary_without_padding_rows_grows(tmp_path, parts, tokenizer):
     stock, report = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values())
     assert_equal_logits(model, stock, AutoProcessor.from_pretrained(tmp_path / "out"))
+
+
+def test_a_checkpoint_without_some_weight_is_refused(tmp_path, parts, checkpoints):
+    """Rather than filled with random numbers."""
+    for source, load in ((parts["small"], lambda p: Llava.from_parts(parts["vision"], p)),
+                         (parts["vision"], lambda p: Llava.from_parts(p, parts["small"])),
+                         (checkpoints["small"], Llava.from_checkpoint)):  # fmt: skip
+        folder = tmp_path / Path(source).name
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+        weights = load_file(folder / "model.safetensors")
+        lost = next(name for name in weights if "layers.1" in name)
+        del weights[lost]
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(InputError, match="lacks 1 of the model's weights"):
+            load(str(folder))
+        (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+        with pytest.raises(InputError, match="cannot load"):
+            load(str(folder))
+        shutil.rmtree(folder)
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path, parts, checkpoints):

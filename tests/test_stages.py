@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from conftest import NP, data_flags, launch, log_of
 from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -60,16 +61,23 @@ def test_the_three_stages_on_two_ranks_equal_one_process(chain, world, parts, ch
     assert {p.name for p in (tmp_path / "dft").iterdir()} >= {"model.safetensors", "log.jsonl", "run.json"}
 
 
-def test_some_step_has_a_rank_without_any_image(world, checkpoints):
-    """What the test above relies on: with 2 ranks, images and text-only samples meet in one step."""
-    processor = AutoProcessor.from_pretrained(checkpoints["small"])
+def test_one_rank_has_no_image_in_some_step(world, checkpoints):
+    """What the test above relies on, in its last stage: micro-batches of one sample on two ranks."""
+    data, steps = first_steps(world, checkpoints["small"])
+    pairs = [[bool(data.samples[i][2]) for i in batch[k : k + 2]] for batch in steps for k in range(0, 8, 2)]
+    assert any(sum(pair) == 1 for pair in pairs)
+    assert any(not any(pair) for pair in pairs)
+    assert any(sum(pair) == 1 for pair in pairs[3::4])  # also where the gradients are exchanged
+
+
+def first_steps(world, model):
+    """The data and the schedule of the runs in this file."""
+    processor = AutoProcessor.from_pretrained(model)
     data = LlavaData(
         str(world / "train.json"), str(world / "images"), Encoder(processor, NP, 2048), [processor]
     )
     args = argparse.Namespace(seed=3, epochs=1, max_steps=0, global_batch=8, group_by_modality=False, data="")
-    pairs = [batch[k : k + 2] for batch in schedule(data, args) for k in (0, 2, 4, 6)]
-    pairs = [{bool(data.samples[i][2]) for i in pair} for pair in pairs]
-    assert {True, False} in pairs
+    return data, schedule(data, args)
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4])
@@ -83,7 +91,11 @@ def test_accumulation_does_not_change_the_losses(chain, world, checkpoints, tmp_
         assert (a[name] - b[name]).abs().max() < 1e-3, name
 
 
-def test_gradient_checkpointing_and_workers_change_nothing(chain, world, checkpoints, tmp_path):
+def test_gradient_checkpointing_and_workers_change_nothing(chain, world, checkpoints, tmp_path, monkeypatch):
+    calls, checkpoint = [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(
+        torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k)
+    )
     flags = data_flags(world, out=tmp_path / "dft", workers=1)
     dft.main(
         [
@@ -130,36 +142,47 @@ def test_the_losses_fall_and_are_all_logged(chain):
     assert log[-1]["loss"] < log[0]["loss"]
 
 
-def test_the_log_holds_the_losses_of_the_first_batch(chain, world, checkpoints, tmp_path):
-    """Step 0 of DFT, worked out again with stock models, one sample at a time, sharing no code."""
+@pytest.mark.parametrize("stage", ["dpt", "dft"])
+def test_the_log_holds_the_losses_of_the_first_batch(chain, world, checkpoints, tmp_path, stage):
+    """Step 0, worked out again with stock models, one sample at a time, sharing no code with the losses."""
+    teacher = ["--teacher", checkpoints["large"]]
+    prompts = ["--targets", "response", "visual", "prompt"]
+    flags = data_flags(world, out=tmp_path / "out", max_steps=1, lr=0)
+    script, more = (dpt, ["--no-caption_only"]) if stage == "dpt" else (dft, [])
+    script.main(["--student", str(chain / "sft"), *teacher, *prompts, *more, *flags])
+    (line,) = log_of(tmp_path / "out")
+
     student, teacher = (
         LlavaForConditionalGeneration.from_pretrained(p) for p in (chain / "sft", checkpoints["large"])
     )
-    processor = AutoProcessor.from_pretrained(chain / "sft")
-    data = LlavaData(
-        str(world / "train.json"), str(world / "images"), Encoder(processor, NP, 2048), [processor]
-    )
-    args = argparse.Namespace(seed=3, epochs=1, max_steps=0, global_batch=8, group_by_modality=False, data="")
-    nll, kl_res, kl_vis, rel = [], [], [], []
-    for i in schedule(data, args)[0]:
-        sample = data[i]
+    data, steps = first_steps(world, chain / "sft")
+    nll, kl = [], {"l_res": [], "l_vis": [], "l_prompt": []}
+    rel = []
+    for sample in (data[i] for i in steps[0]):
         ids, labels = torch.tensor([sample["ids"]]), sample["labels"]
         pixels = {"pixel_values": sample["pixels"][0]} if sample["pixels"][0] is not None else {}
         with torch.no_grad():
             s, t = (m(input_ids=ids, **pixels).logits[0].double()[:, :448] for m in (student, teacher))
         p_s, p_t = s.softmax(-1), t.softmax(-1)
+        rows = (p_t * (p_t / p_s).log()).sum(-1)
+        visual = [k for k in range(len(labels)) if ids[0, k] == 372]
         for k in range(len(labels) - 1):
             if labels[k + 1] != -100:
                 nll.append(-p_s[k, labels[k + 1]].log())
-                kl_res.append((p_t[k] * (p_t[k] / p_s[k]).log()).sum())
-        visual = [k for k in range(len(labels)) if ids[0, k] == 372]
-        kl_vis += [(p_t[k] * (p_t[k] / p_s[k]).log()).sum() for k in visual]
+                kl["l_res"].append(rows[k])
+            elif k not in visual and k + 1 not in visual:
+                kl["l_prompt"].append(rows[k])
+        kl["l_vis"] += [rows[k] for k in visual]
         for first in range(0, len(visual), NP):
             r_s, r_t = (y[visual[first : first + NP]] @ y[visual[first : first + NP]].T for y in (s, t))
             rel.append(1 - (r_s * r_t).sum() / (r_s.norm() * r_t.norm()))
-    line = log_of(chain / "dft")[0]
-    for name, values in (("l_reg", nll), ("l_res", kl_res), ("l_vis", kl_vis), ("l_rel", rel)):
-        assert line[name] == pytest.approx((sum(values) / len(values)).item(), rel=1e-4), name
+    name = {"dpt": "l_pt", "dft": "l_reg"}[stage]
+    want = {name: nll, **kl, "l_rel": rel}
+    want = {term: (sum(values) / len(values)).item() for term, values in want.items()}
+    for term, value in want.items():
+        assert line[term] == pytest.approx(value, rel=1e-4), term
+    total = want[name] + want["l_res"] + want["l_vis"] + want["l_prompt"] + 0.5 * want["l_rel"]
+    assert line["loss"] == pytest.approx(total, rel=1e-4)
 
 
 def test_every_ablation_is_one_command_line(chain, world, checkpoints, tmp_path):
