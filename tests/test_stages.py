@@ -12,6 +12,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import dft
 import dpt
+import fused
 import sft
 from data import Encoder, LlavaData, schedule
 
@@ -247,3 +248,48 @@ def test_the_start_up_summary_and_a_second_call(chain, world, checkpoints, capsy
     assert "finished already" in capsys.readouterr().out
     assert (chain / "dft" / "log.jsonl").read_text() == before
     assert json.loads((chain / "dft" / "run.json").read_text())["seconds"] > 0
+
+
+def plain_token_losses(student, terms, student_gram=None):
+    """What `fused.token_losses` stands for: full logits, the functions of losses.py, autograd."""
+    logits = [h.hidden.clone() @ h.weight.T for h in (student, terms[1][1])]
+    values = [
+        loss(logits[0], logits[1] if loss is not terms[0][0] else target, w) for loss, target, w, _ in terms
+    ]
+    return [*values, student.weight.T @ student.weight]
+
+
+def test_chunked_and_plain_give_the_same_training_curve_on_the_toy_world(tmp_path, monkeypatch):
+    from toy_world import BASE, write_world
+
+    write_world(tmp_path, n_train=60, n_few=10, n_test=1)
+    data = ["--data", f"{tmp_path}/finetune.json", "--images", f"{tmp_path}/images", "--workers", "0"]
+    data += ["--global_batch", "16", "--micro_batch", "8", "--max_steps", "12", "--epochs", "2"]
+    for name in "small", "large":
+        dpt.main(
+            [
+                "--vision",
+                f"{BASE}/siglip",
+                "--llm",
+                f"{BASE}/qwen-{name}",
+                *data,
+                "--out",
+                f"{tmp_path}/{name}",
+            ]
+        )
+    curves = []
+    for name, patch in (("plain", ("token_losses", plain_token_losses)), ("chunked", None)):
+        if patch:
+            monkeypatch.setattr(dft, *patch)
+        else:
+            monkeypatch.undo()
+            monkeypatch.setattr(fused, "CHUNK", 50 * 512)  # 50 rows
+        dft.main(["--student", f"{tmp_path}/small", "--teacher", f"{tmp_path}/large", *data, "--lr", "2e-3",
+                  "--out", f"{tmp_path}/{name}"])  # fmt: skip
+        curves.append(log_of(tmp_path / name))
+    plain, chunked = (
+        [[line[k] for k in ("loss", "l_reg", "l_res", "l_vis", "l_rel")] for line in c] for c in curves
+    )
+    assert plain[-1][0] < 0.8 * plain[0][0]
+    for a, b in zip(plain, chunked):
+        assert b == pytest.approx(a, rel=1e-3, abs=1e-5)

@@ -1,0 +1,242 @@
+"""Whole steps for bench.py: DFT through dft.py and plainly with stock transformers; how both are measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from common import InputError
+
+N_VISUAL, V = 729, 151_936  # SigLIP-384's patches, Qwen1.5's ids
+GAMMA = 0.5
+
+
+# ---------------------------------------------------------------------------------- measuring
+
+
+def memory(field: str) -> float:
+    """VmRSS (now) or VmHWM (peak) of this process in MiB."""
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) / 1024
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def in_own_process(*arguments: str) -> dict:
+    """Run `python bench.py child ...` and read the JSON on its last line."""
+    command = [sys.executable, str(Path(__file__).with_name("bench.py")), *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise InputError(f"{' '.join(command)} failed (exit code {done.returncode})")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def show(rows: list[tuple[str, dict]], columns: list[str]) -> None:
+    print(f"| {'what':38s} | " + " | ".join(f"{c:>8s}" for c in columns) + " |")
+    print("|" + "-" * 40 + "|" + "|".join("-" * 9 + ":" for _ in columns) + "|")
+    for name, row in rows:
+        print(f"| {name:38s} | " + " | ".join(f"{row[c]:8.2f}" for c in columns) + " |")
+
+
+# ---------------------------------------------------------------------------------- whole steps
+
+SHAPE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "tie_word_embeddings",
+)
+QWEN = {
+    "0.5B": (1024, 2816, 24, 16, True),
+    "1.8B": (2048, 5504, 24, 16, False),
+    "4B": (2560, 6912, 40, 20, False),
+}
+
+
+def write_world(root: Path, teacher: str) -> None:
+    """Random LLaVA checkpoints (student 0.5B in fp32, teacher in bf16) and a sample of 729 + 100 tokens."""
+    import transformers as hf
+    from PIL import Image
+
+    from model import CHAT_TEMPLATE, IMAGE_TOKEN
+    from toy_world import BASE
+
+    tokenizer = hf.AutoTokenizer.from_pretrained(BASE / "qwen-small")  # its ids lie in the big vocabulary too
+    tokenizer.add_tokens(hf.AddedToken(IMAGE_TOKEN, special=True, normalized=False))
+    tokenizer.chat_template = CHAT_TEMPLATE
+    vision = hf.SiglipVisionConfig(  # google/siglip-so400m-patch14-384
+        image_size=384, patch_size=14, hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
+        num_attention_heads=16, vision_use_head=False,
+    )  # fmt: skip
+    for name, shape, dtype in (("student", "0.5B", torch.float32), ("teacher", teacher, torch.bfloat16)):
+        text = hf.Qwen2Config(**dict(zip(SHAPE, QWEN[shape])), vocab_size=V, bos_token_id=None)
+        text.num_key_value_heads, text.eos_token_id = text.num_attention_heads, tokenizer.eos_token_id
+        config = hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=len(tokenizer) - 1,
+                                image_seq_length=N_VISUAL, vision_feature_select_strategy="full")  # fmt: skip
+        with torch.device("meta"):
+            model = hf.LlavaForConditionalGeneration(config).to(dtype)
+        model.to_empty(device="cpu").tie_weights()
+        for part in model, model.model.vision_tower:  # the tower again: the same in both
+            torch.manual_seed(0)
+            for p in part.parameters():
+                p.data.copy_(torch.randn(p.shape) * 0.02 if p.dim() > 1 else torch.ones(p.shape))
+        model.save_pretrained(root / name)
+        image_processor = hf.SiglipImageProcessorPil(size={"height": 384, "width": 384})
+        processor = hf.LlavaProcessor(image_processor, tokenizer, patch_size=14, chat_template=CHAT_TEMPLATE,
+                                      vision_feature_select_strategy="full")  # fmt: skip
+        processor.save_pretrained(root / name)
+    Image.frombytes("RGB", (384, 384), random.Random(0).randbytes(3 * 384 * 384)).save(root / "image.png")
+    turns = [
+        ("human", "<image>\n" + "how many objects ? " * 4),
+        ("gpt", "red circle top left , " * 15 + "two"),
+    ]
+    sample = {"image": "image.png", "conversations": [{"from": who, "value": text} for who, text in turns]}
+    (root / "data.json").write_text(json.dumps([sample] * 8))
+
+
+def parameters(path: Path) -> tuple[int, int]:
+    """How many numbers a checkpoint holds: in its vision tower, and elsewhere."""
+    from safetensors import safe_open
+
+    tower = rest = 0
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                n = math.prod(tensors.get_slice(name).get_shape())
+                tower, rest = (tower + n, rest) if name.startswith("vision_tower") else (tower, rest + n)
+    return tower, rest
+
+
+class Steps:
+    """Seconds and peak memory of every step; the first one, which creates AdamW's state, does not count."""
+
+    def __init__(self):
+        self.base, self.times, self.peaks = memory("VmRSS"), [], []
+
+    def done(self) -> None:
+        self.times.append(time.perf_counter())
+        self.peaks.append(memory("VmHWM"))
+        forget_peak()
+
+    def result(self, root: Path, teacher_tower: bool) -> dict:
+        (s_tower, s_rest), (t_tower, t_rest) = parameters(root / "student"), parameters(root / "teacher")
+        held = 4 * s_tower + 16 * s_rest + 2 * (t_rest + t_tower * teacher_tower)  # weights, gradients, AdamW
+        seconds = statistics.median(b - a for a, b in zip(self.times, self.times[1:]))
+        peak = max(self.peaks[1:]) - self.base
+        return {"seconds": seconds, "MiB": peak - held / 2**20, "peak GiB": peak / 1024}
+
+
+def stock_child(root: str, n_steps: int) -> dict:
+    """DFT's step written straightforwardly with stock models: full logits of both, every loss by the book."""
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    from data import Encoder, LlavaData
+
+    steps = Steps()
+    student = LlavaForConditionalGeneration.from_pretrained(f"{root}/student", dtype=torch.float32).train()
+    teacher = LlavaForConditionalGeneration.from_pretrained(f"{root}/teacher", dtype=torch.bfloat16).eval()
+    student.model.vision_tower.requires_grad_(False)
+    processor = AutoProcessor.from_pretrained(f"{root}/student")
+    data = LlavaData(f"{root}/data.json", root, Encoder(processor, N_VISUAL, 2048), [processor])
+    batch = data.collate([data[0]])
+    given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    optimizer = torch.optim.AdamW(
+        [p for p in student.parameters() if p.requires_grad], lr=2e-5, weight_decay=0
+    )
+    for _ in range(n_steps):
+        y_s = student(**given, pixel_values=batch.pixel_values).logits.float()
+        with torch.no_grad():
+            y_t = teacher(**given, pixel_values=batch.pixel_values.bfloat16()).logits.float()
+        loss = F.cross_entropy(y_s[batch.response], batch.targets[batch.response])
+        for rows in (batch.response, batch.visual):
+            loss = loss + F.kl_div(
+                F.log_softmax(y_s[rows], -1), F.softmax(y_t[rows], -1), reduction="batchmean"
+            )
+        r_s, r_t = (y[batch.visual] @ y[batch.visual].T for y in (y_s, y_t))
+        loss = loss + GAMMA * (1 - F.cosine_similarity(r_s.flatten(), r_t.flatten(), dim=0))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        steps.done()
+    return steps.result(Path(root), teacher_tower=True) | {"loss": loss.item()}
+
+
+def dft_child(root: str, n_steps: int) -> dict:
+    """The same through dft.py, with a clock around its parts."""
+    import common
+    import dft
+    import model
+
+    parts, steps = defaultdict(float), Steps()
+
+    def clocked(owner: object, name: str, part: Callable[..., str]) -> None:
+        inner = getattr(owner, name)
+
+        def outer(*args: object, **kwargs: object) -> object:
+            start = time.perf_counter()
+            result = inner(*args, **kwargs)
+            parts[part(*args)] += time.perf_counter() - start
+            return result
+
+        setattr(owner, name, outer)
+
+    clocked(model.Llava, "encode_images", lambda *_: "vision tower")
+    clocked(model.Llava, "forward", lambda m, *_: "student forward" if m.training else "teacher forward")
+    clocked(dft, "gram", lambda w: "Gram of the student's head" if w.dtype == torch.float32 else "start")
+    clocked(dft, "token_losses", lambda *_: "token losses, with their gradients")
+    clocked(dft, "visual_relation", lambda *_: "relation loss")
+    clocked(torch.Tensor, "backward", lambda *_: "backward")
+    clocked(torch.optim.AdamW, "step", lambda *_: "AdamW")
+    log = common.Run.log
+    common.Run.log = lambda *args: (log(*args), steps.done())
+    common.Run.finish = lambda run, _: run.bar.close()  # nothing to keep
+    dft.main(["--student", f"{root}/student", "--teacher", f"{root}/teacher", "--teacher_dtype", "bf16",
+              "--dtype", "fp32", "--data", f"{root}/data.json", "--images", root, "--out", f"{root}/out",
+              "--global_batch", "1", "--micro_batch", "1", "--workers", "0",
+              "--max_steps", str(n_steps)])  # fmt: skip
+    parts.pop("start", None)
+    log_line = json.loads((Path(root) / "out" / "log.jsonl").read_text().splitlines()[-1])
+    result = steps.result(Path(root), teacher_tower=False) | {"loss": log_line["loss"]}
+    return result | {"parts": {name: seconds / n_steps for name, seconds in parts.items()}}
+
+
+def bench_step(repeats: int) -> list[dict]:
+    with tempfile.TemporaryDirectory() as root:
+        write_world(Path(root), "1.8B")
+        rows = {how: in_own_process(f"{how}-child", root, repeats + 1) for how in ("stock", "dft")}
+    stock, mine = rows["stock"], rows["dft"]
+    if abs(stock["loss"] - mine["loss"]) > 0.02 * abs(stock["loss"]):
+        raise InputError(f"the two do not compute the same: loss {mine['loss']} against {stock['loss']}")
+    print("\none DFT step: 0.5B student in fp32, 1.8B teacher in bf16, one sample of 729 + 100 tokens, AdamW")
+    show([("stock transformers, full logits", stock), ("this project, dft.py", mine)],
+         ["seconds", "MiB", "peak GiB"])  # fmt: skip
+    ratio = {key: round(mine[field] / stock[field], 3)
+             for key, field in (("time_vs_stock", "seconds"), ("memory_vs_stock", "MiB"))}  # fmt: skip
+    return [{"bench": "step"} | ratio]
+
+
+def bench_paper(repeats: int) -> list[dict]:
+    with tempfile.TemporaryDirectory() as root:
+        write_world(Path(root), "4B")
+        row = in_own_process("dft-child", root, repeats + 1)
+    print("\none DFT step at the paper's sizes: 0.5B student in fp32, 4B teacher in bf16, 729 + 100 tokens")
+    for name, seconds in sorted(row["parts"].items(), key=lambda item: -item[1]):
+        print(f"| {name:38s} | {seconds:8.2f} s |")
+    print(f"| {'a whole step':38s} | {row['seconds']:8.2f} s |")
+    print(f"| {'peak memory, everything':38s} | {row['peak GiB']:6.2f} GiB |")
+    return [{"bench": "paper", "seconds": round(row["seconds"], 2), "peak_gib": round(row["peak GiB"], 2)}]
