@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
                     # ---- Eq. (7), on the rows that some loss reads; by 1 / n the losses are global means
                     read = batch.response | batch.visual * bool(beta) | batch.prompt * bool(delta)  # (B, T)
                     s = Head(h_s[read].to(run.dtype), student.lm_head.weight)  # N rows
-                    t = Head(h_t[read].to(run.dtype), teacher.lm_head.weight)
+                    t = Head(h_t[read].to(teacher.lm_head.weight.dtype), teacher.lm_head.weight)
                     w_res, w_vis = (
                         batch.response[read] / n.response,
                         bool(beta) * batch.visual[read] / n.visual,

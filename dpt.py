@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
                         (loss,) = token_losses(s, [ar])
                         terms = {"l_pt": loss}
                     else:
-                        t = Head(h_t[read].to(run.dtype), teacher.lm_head.weight)
+                        t = Head(h_t[read].to(teacher.lm_head.weight.dtype), teacher.lm_head.weight)
                         l_pt, l_res, l_vis, l_prompt, *g_s = token_losses(s, [
                             ar,
                             (response_kl, t, w_res, alpha),

@@ -214,10 +214,9 @@ def _gradient_by_hand(z: Tensor, parts: list[tuple], values: Tensor) -> Tensor:
     for first in range(0, n, size):
         rows = slice(first, first + size)
         a, b, p = (s[: len(z[rows])] for s in scratch)
-        if z.dtype == values.dtype:
-            a, b = z[rows], b if z_t is None else z_t[rows]  # fp32: where they are
-        else:
-            a, b = a.copy_(z[rows]), b if z_t is None else b.copy_(z_t[rows])
+        a = z[rows] if z.dtype == a.dtype else a.copy_(z[rows])  # fp32 logits are worked on where they are
+        if z_t is not None:
+            b = z_t[rows] if z_t.dtype == b.dtype else b.copy_(z_t[rows])
         sum_s = torch.exp(a.sub_(a.amax(1, keepdim=True)), out=p).sum(1, keepdim=True)
         ar[rows] = sum_s.log() - a.gather(1, ids[rows])  # P_s = exp(a) / sum_s
         if z_t is None:

@@ -124,6 +124,19 @@ def test_bf16_products_are_within_bf16s_own_error(chunks):
         assert (grad - want).norm() <= 0.03 * want.norm()
 
 
+def test_a_bf16_teacher_of_an_fp32_student(chunks):
+    case = Case(torch.float32)
+    case.teacher = Head(*(t.bfloat16() for t in case.teacher))
+    values = case.fused(case.hidden, case.weight)
+    grads = torch.autograd.grad(objective(values), (case.hidden, case.weight))
+    case.teacher = Head(*(t.float() for t in case.teacher))
+    want = case.plain(case.hidden, case.weight)
+    want_grads = torch.autograd.grad(objective(want), (case.hidden, case.weight))
+    assert [v.item() for v in values] == pytest.approx([v.item() for v in want], rel=0.03)
+    for a, b in zip(grads, want_grads):
+        assert (a - b).norm() <= 0.03 * b.norm()
+
+
 def test_finite_differences():
     case, step = Case(v_t=13), 1e-6
     grads = torch.autograd.grad(objective(case.fused(case.hidden, case.weight)), (case.hidden, case.weight))

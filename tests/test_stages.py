@@ -219,6 +219,19 @@ def test_bf16_is_close_to_fp32(chain, world, checkpoints, tmp_path):
     assert all(v.dtype == torch.float32 for v in weights(tmp_path / "dft").values())
 
 
+@pytest.mark.parametrize("teacher_dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_teacher_has_a_precision_of_its_own(chain, world, checkpoints, tmp_path, dtype, teacher_dtype):
+    flags = data_flags(world, out=tmp_path / "dft", max_steps=1, dtype=dtype, teacher_dtype=teacher_dtype)
+    dft.main(["--student", str(chain / "sft"), "--teacher", checkpoints["large"], *flags])
+    (line,), (exact, *_) = log_of(tmp_path / "dft"), log_of(chain / "dft")
+    assert line["loss"] == pytest.approx(exact["loss"], rel=0.03)
+    same = [term for term in ("l_reg", "l_res") if line[term] == pytest.approx(exact[term], rel=1e-6)]
+    assert same == (["l_reg"] if dtype == "fp32" else []) + (
+        ["l_res"] if (dtype, teacher_dtype) == ("fp32",) * 2 else []
+    )
+
+
 def test_a_teacher_with_its_own_tower(chain, world, checkpoints, tmp_path):
     """Different encoders are fine as long as the visual token counts agree."""
     from model import Llava
