@@ -157,6 +157,7 @@ def stock_child(root: str, n_steps: int) -> dict:
     optimizer = torch.optim.AdamW(
         [p for p in student.parameters() if p.requires_grad], lr=2e-5, weight_decay=0
     )
+    first = None
     for _ in range(n_steps):
         y_s = student(**given, pixel_values=batch.pixel_values).logits.float()
         with torch.no_grad():
@@ -168,12 +169,13 @@ def stock_child(root: str, n_steps: int) -> dict:
             )
         r_s, r_t = (y[batch.visual] @ y[batch.visual].T for y in (y_s, y_t))
         loss = loss + GAMMA * (1 - F.cosine_similarity(r_s.flatten(), r_t.flatten(), dim=0))
+        first = first or loss.item()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         steps.done()
-    return steps.result(Path(root), teacher_tower=True) | {"loss": loss.item()}
+    return steps.result(Path(root), teacher_tower=True) | {"loss": first}
 
 
 def dft_child(root: str, n_steps: int) -> dict:
@@ -210,7 +212,7 @@ def dft_child(root: str, n_steps: int) -> dict:
               "--global_batch", "1", "--micro_batch", "1", "--workers", "0",
               "--max_steps", str(n_steps)])  # fmt: skip
     parts.pop("start", None)
-    log_line = json.loads((Path(root) / "out" / "log.jsonl").read_text().splitlines()[-1])
+    log_line = json.loads((Path(root) / "out" / "log.jsonl").read_text().splitlines()[0])
     result = steps.result(Path(root), teacher_tower=False) | {"loss": log_line["loss"]}
     return result | {"parts": {name: seconds / n_steps for name, seconds in parts.items()}}
 
