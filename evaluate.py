@@ -24,8 +24,7 @@ import torch
 from tqdm import tqdm
 
 from common import InputError, add_flags, cli, natural, new_parser, positive
-from model import load_stock
-from records import IMAGE_TOKEN, check_images, load_image, read_records
+from records import IMAGE_TOKEN, check_images, load_image, load_stock, read_records
 
 # ---------------------------------------------------------------------------------- questions and answers
 

@@ -11,9 +11,7 @@ reads any checkpoint in that format. What is frozen is decided by the stage scri
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,10 +21,8 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
 from common import InputError
-from records import IMAGE_TOKEN
+from records import IMAGE_TOKEN, complete, load_stock, loading
 
-hf.utils.logging.disable_progress_bar()  # the stages have one of their own
-hf.utils.logging.set_verbosity_error()  # what matters of loading is checked in `complete`
 # One template for training masks, generation and every outside tool. The answer's leading space is inside
 # the generation block: with "ASSISTANT: " a BPE would merge that space into the first answer token in
 # training only.
@@ -207,41 +203,6 @@ class Llava(nn.Module):
         ends = self.processor.tokenizer.eos_token_id, self.processor.tokenizer.pad_token_id
         hf.GenerationConfig(eos_token_id=ends[0], pad_token_id=ends[1]).save_pretrained(out)
         self.processor.save_pretrained(out)
-
-
-def load_stock(path: str, dtype: torch.dtype) -> tuple[hf.LlavaForConditionalGeneration, hf.LlavaProcessor]:
-    """Model and processor of a LLaVA-format checkpoint, or an InputError."""
-    with loading(f"the checkpoint {path}"):
-        config = hf.AutoConfig.from_pretrained(path)
-        if config.model_type != "llava":
-            raise InputError(f"{path} holds a '{config.model_type}' model: give a LLaVA-format checkpoint")
-        if not isinstance(config.vision_feature_layer, int):
-            raise InputError(
-                f"{path} reads several vision layers {config.vision_feature_layer}; only one is possible"
-            )
-        llava = complete(path, hf.LlavaForConditionalGeneration, dtype=dtype)
-        return llava, hf.AutoProcessor.from_pretrained(path)
-
-
-def complete(path: str, kind: type, dtype: torch.dtype = torch.float32, **options: object) -> nn.Module:
-    """`kind.from_pretrained(path)`, or an InputError if any weight is missing there and would be random."""
-    model, report = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
-    lost = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-    if lost:
-        raise InputError(f"{path} lacks {len(lost)} of the model's weights, the first is {lost[0]}")
-    return model
-
-
-@contextlib.contextmanager
-def loading(what: str) -> Iterator[None]:
-    """Whatever transformers says when it cannot load something, as one sentence."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # a missing file, a cut one, shapes that differ: each has a type of its own
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"cannot load {what}: {lines[0]}") from None
 
 
 class Projector(nn.Module):

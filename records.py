@@ -1,14 +1,22 @@
-"""Reading and checking what the user brings: data files, samples, image paths, images."""
+"""Reading and checking what the user brings: data files, samples, images, checkpoints."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+import transformers as hf
 from PIL import Image, ImageOps
+from torch import nn
 
 from common import InputError
+
+hf.utils.logging.disable_progress_bar()  # the stages have one of their own
+hf.utils.logging.set_verbosity_error()  # what matters of loading is checked in `complete`
 
 IMAGE_TOKEN = "<image>"
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
@@ -99,3 +107,41 @@ def load_image(where: str, image_root: str, path: str) -> Image.Image:
         raise InputError(f"{where}: image {full} does not exist") from None
     except Exception as error:  # Pillow raises whatever its decoders do
         raise InputError(f"{where}: image {full} cannot be read ({error})") from None
+
+
+# ---------------------------------------------------------------------------------- checkpoints
+
+
+def load_stock(path: str, dtype: torch.dtype) -> tuple[hf.LlavaForConditionalGeneration, hf.LlavaProcessor]:
+    """Model and processor of a LLaVA-format checkpoint, or an InputError."""
+    with loading(f"the checkpoint {path}"):
+        config = hf.AutoConfig.from_pretrained(path)
+        if config.model_type != "llava":
+            raise InputError(f"{path} holds a '{config.model_type}' model: give a LLaVA-format checkpoint")
+        if not isinstance(config.vision_feature_layer, int):
+            raise InputError(
+                f"{path} reads several vision layers {config.vision_feature_layer}; only one is possible"
+            )
+        llava = complete(path, hf.LlavaForConditionalGeneration, dtype=dtype)
+        return llava, hf.AutoProcessor.from_pretrained(path)
+
+
+def complete(path: str, kind: type, dtype: torch.dtype = torch.float32, **options: object) -> nn.Module:
+    """`kind.from_pretrained(path)`, or an InputError if any weight is missing there and would be random."""
+    model, report = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+    lost = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if lost:
+        raise InputError(f"{path} lacks {len(lost)} of the model's weights, the first is {lost[0]}")
+    return model
+
+
+@contextlib.contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Whatever transformers says when it cannot load something, as one sentence."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # a missing file, a cut one, shapes that differ: each has a type of its own
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"cannot load {what}: {lines[0]}") from None
