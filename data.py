@@ -94,7 +94,6 @@ class Batch:
     visual: Tensor  # (B, T) True at image tokens: the rows of Eqs. (3)-(5), unshifted
     pixel_values: Tensor  # (n, 3, H, W), the batch's images in reading order; n may be 0
     teacher_pixel_values: Tensor | None  # the same prepared for a teacher with another tower
-    names: list[str]  # where each sample comes from
     bad: list[str]  # what was wrong with samples that could not be read
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -176,8 +175,8 @@ class LlavaData(Dataset):
         except InputError as error:
             # One token without a label keeps the batch's shape; `Run.count` stops or counts the sample.
             eos = self.encoder.tokenizer.eos_token_id
-            return {"name": name, "ids": [eos], "labels": [IGNORE], "pixels": [None], "bad": str(error)}
-        return {"name": name, "ids": ids, "labels": labels, "pixels": pixels, "bad": None}
+            return {"ids": [eos], "labels": [IGNORE], "pixels": [None], "bad": str(error)}
+        return {"ids": ids, "labels": labels, "pixels": pixels, "bad": None}
 
     def collate(self, samples: list[dict]) -> Batch:
         length = max(len(s["ids"]) for s in samples)
@@ -197,7 +196,6 @@ class LlavaData(Dataset):
             (input_ids == self.encoder.image_id) & attention_mask.bool(),
             pixels[0],
             pixels[1] if len(pixels) > 1 else None,
-            [s["name"] for s in samples],
             [s["bad"] for s in samples if s["bad"]],
         )
 

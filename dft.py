@@ -99,10 +99,8 @@ def main(argv: list[str] | None = None) -> None:
                     read = batch.response | batch.visual * bool(beta) | batch.prompt * bool(delta)  # (B, T)
                     s = Head(h_s[read].to(run.dtype), student.lm_head.weight)  # N rows
                     t = Head(h_t[read].to(teacher.lm_head.weight.dtype), teacher.lm_head.weight)
-                    w_res, w_vis = (
-                        batch.response[read] / n.response,
-                        bool(beta) * batch.visual[read] / n.visual,
-                    )  # (N,)
+                    w_res = batch.response[read] / n.response  # (N,)
+                    w_vis = bool(beta) * batch.visual[read] / n.visual
                     w_prompt = batch.prompt[read] / n.prompt
                     l_reg, l_res, l_vis, l_prompt, *g_s = token_losses(s, [
                         (autoregressive_loss, batch.targets[read], w_res, 1.0),
@@ -112,9 +110,8 @@ def main(argv: list[str] | None = None) -> None:
                     ], gram_s)  # fmt: skip
                     l_rel = h_s.new_zeros(())
                     if args.gamma:
-                        y_s, y_t = (
-                            h[batch.visual].unflatten(0, (len(z), n_patches)) for h in (h_s, h_t)
-                        )  # (n, Np, D)
+                        per_image = (len(z), n_patches)  # (n, Np)
+                        y_s, y_t = (h[batch.visual].unflatten(0, per_image) for h in (h_s, h_t))
                         l_rel = visual_relation(y_s, *g_s, y_t, gram_t, weights=1 / n.images)
                     loss = (
                         dft_objective(l_reg, l_res, l_vis, l_rel, alpha, beta, args.gamma) + delta * l_prompt

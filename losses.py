@@ -43,8 +43,7 @@ def weighted_sum(rows: Tensor, weights: Tensor | float | None) -> Tensor:
     return (rows * weights).sum()
 
 
-# ---------------------------------------------------------------------------------- token losses (KD Eqs.
-# 1-3)
+# ------------------------------------------------------------------------------ token losses (KD Eqs. 1-3)
 
 
 def autoregressive_loss(
@@ -63,8 +62,7 @@ def autoregressive_loss(
 
 
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """KLD(phi_l || phi_s) = sum_j phi_l(Y_j) log(phi_l(Y_j) / phi_s(Y_j)) for every row, the summand of
-    Eqs. (2), (3).
+    """KLD(phi_l || phi_s) = sum_j phi_l(Y_j) log(phi_l(Y_j) / phi_s(Y_j)), the summand of Eqs. (2) and (3)
 
     student_logits (N, V_s) of phi_s, teacher_logits (N, V_t) of phi_l -> (N,), >= 0, in nats, exactly 0
     where the logits are identical. Forward KL, temperature 1, over the common ids.
@@ -90,8 +88,7 @@ def visual_kl(
 ) -> Tensor:
     """L_vis = sum_k KLD(phi_l(y_k | y_<k), phi_s(y_k | y_<k))               Eq. (3), arXiv 2410.16236v1
 
-    Rows k = 1..K are the visual tokens' own positions (the logits *at* an image token, not the ones before
-    it).
+    Rows k = 1..K are the visual tokens' own positions: the logits *at* an image token, not before it.
     """
     return weighted_sum(kl_divergence(student_logits, teacher_logits), weights)
 
@@ -99,13 +96,11 @@ def visual_kl(
 def prompt_kl(
     student_logits: Tensor, teacher_logits: Tensor, weights: Tensor | float | None = None
 ) -> Tensor:
-    """The same KLD on the rows that predict the prompt's text: the third distillation target of KD's Table
-    4."""
+    """The same KLD on the rows that predict the prompt's text: the third target of KD's Table 4."""
     return weighted_sum(kl_divergence(student_logits, teacher_logits), weights)
 
 
-# ---------------------------------------------------------------------------------- relation loss (KD Eqs.
-# 4-5)
+# ------------------------------------------------------------------------------ relation loss (KD Eqs. 4-5)
 
 
 def self_correlation(visual_logits: Tensor) -> Tensor:
@@ -146,20 +141,18 @@ def _nonzero(x: Tensor) -> Tensor:
     return torch.where(x > 0, x, 1.0)
 
 
-# ---------------------------------------------------------------------------------- objectives (KD Eqs. 6-7)
+# ------------------------------------------------------------------------------ objectives (KD Eqs. 6-7)
 
 
 def dpt_objective(
     l_pt: Tensor, l_res: Tensor, l_vis: Tensor, l_rel: Tensor, alpha: float, beta: float, gamma: float
 ) -> Tensor:
-    """L_DPT = L_PT + alpha L_res + beta L_vis + gamma L_rel                       Eq. (6), arXiv
-    2410.16236v1"""
+    """L_DPT = L_PT + alpha L_res + beta L_vis + gamma L_rel        Eq. (6), arXiv 2410.16236v1"""
     return l_pt + alpha * l_res + beta * l_vis + gamma * l_rel
 
 
 def dft_objective(
     l_reg: Tensor, l_res: Tensor, l_vis: Tensor, l_rel: Tensor, alpha: float, beta: float, gamma: float
 ) -> Tensor:
-    """L_DFT = L_reg + alpha' L_res + beta' L_vis + gamma' L_rel                   Eq. (7), arXiv
-    2410.16236v1"""
+    """L_DFT = L_reg + alpha' L_res + beta' L_vis + gamma' L_rel        Eq. (7), arXiv 2410.16236v1"""
     return l_reg + alpha * l_res + beta * l_vis + gamma * l_rel
