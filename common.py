@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 if TYPE_CHECKING:
@@ -253,9 +254,15 @@ class Run:
             raise InputError(f"{what}; repair it or allow more with --skip_bad (now {self.args.skip_bad})")
         return n
 
+    def parallel(self, student: nn.Module) -> nn.Module:
+        """The student under DDP. A single rank has nobody to exchange with: no buckets, no copies."""
+        if self.world == 1:
+            return student
+        return DistributedDataParallel(student, forward_sync_buffers=False, gradient_as_bucket_view=True)
+
     def sync(self, ddp: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         """Ranks exchange gradients on the last micro-batch of a step only."""
-        return contextlib.nullcontext() if last else ddp.no_sync()
+        return contextlib.nullcontext() if last or self.world == 1 else ddp.no_sync()
 
     def log(self, step: int, lr: float, losses: list[dict[str, Tensor]], tokens: float, norm: Tensor) -> None:
         """One step's line in log.jsonl and on the bar from each micro-batch's share of the global means."""

@@ -10,7 +10,6 @@ Departures: the sums over tokens in Eqs. 2-3 are means over the rows of the glob
 import argparse
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from common import Run, add_flags, add_training_flags, cli, new_parser, set_lr
 from data import Encoder, LlavaData, micro_batches, schedule
@@ -62,9 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         trained = [p for p in student.parameters() if p.requires_grad]
         if args.gradient_checkpointing:
             student.language_model.activation_checkpointing_enable({"use_reentrant": False})
-        ddp = DistributedDataParallel(
-            student.train(), forward_sync_buffers=False, gradient_as_bucket_view=True
-        )
+        ddp = run.parallel(student.train())
 
         # ---- data
         n_patches = student.n_visual_tokens
@@ -75,8 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         batches = micro_batches(data, steps, run)
 
         # ---- the loop
-        fused = run.device.type == "cuda"  # there it needs no temporary copy of the weights
-        optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=fused)
+        optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
         run.start(student, len(steps), data, f"teacher {args.teacher}" + ", encoder shared" * shared)
         for step in range(len(steps)):
             lr = set_lr(optimizer, step, len(steps), args.lr, args.warmup)
