@@ -3,6 +3,7 @@
     python bench.py losses     this project, two ways on full logits, and the matrix products alone
     python bench.py step       one DFT step through dft.py against a plain one with stock transformers
     python bench.py paper      one DFT step with a 4B teacher and a 0.5B student through dft.py, part by part
+    python bench.py moe        one step of LLaVA-MoD's sparse language model against the dense one
 
 Every measurement is a process of its own. Times are medians; memory is the peak of resident memory beyond
 weights, gradients, optimizer state and inputs (Linux). Random weights: nothing is downloaded. JSON lines end
@@ -28,16 +29,18 @@ from bench_steps import (
     GAMMA,
     N_VISUAL,
     V,
+    bench_moe,
     bench_paper,
     bench_step,
     dft_child,
     forget_peak,
     in_own_process,
     memory,
+    moe_child,
     show,
     stock_child,
 )
-from common import InputError, add_flags, cli, new_parser, positive
+from flags import InputError, add_flags, cli, new_parser, positive
 from fused import Head, gram, token_losses, visual_relation
 from losses import autoregressive_loss, response_kl, visual_kl
 
@@ -196,8 +199,9 @@ def bench_losses(repeats: int) -> list[dict]:
 
 # ---------------------------------------------------------------------------------- command line
 
-CHILDREN = {"losses-child": losses_child, "stock-child": stock_child, "dft-child": dft_child}
-BENCHES = {"losses": bench_losses, "step": bench_step, "paper": bench_paper}
+CHILDREN = {"losses-child": losses_child, "stock-child": stock_child, "dft-child": dft_child,
+            "moe-child": moe_child}  # fmt: skip
+BENCHES = {"losses": bench_losses, "step": bench_step, "paper": bench_paper, "moe": bench_moe}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

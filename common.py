@@ -1,4 +1,4 @@
-"""What nobody forks: flags shared by the stages, process group, learning rate, counts, log, run folder."""
+"""What nobody forks: process group, precision, learning rate, counts, log, run folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import random
 import sys
 import time
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from flags import InputError
+
 if TYPE_CHECKING:
     from data import Batch, LlavaData
 
@@ -29,90 +31,34 @@ if TYPE_CHECKING:
 Counts = namedtuple("Counts", "response visual prompt images tokens bad")
 
 
-class InputError(Exception):
-    """Something the user gave is wrong; the message says what, where, and what to do about it."""
-
-
-def cli(main: Callable[[], None]) -> None:
-    """Run a script's `main`; an InputError becomes one sentence on stderr and exit code 2."""
-    try:
-        main()
-    except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-
-
-# ---------------------------------------------------------------------------------- command line
-
-
-def positive(text: str) -> int:
-    """A whole number from 1, as a kind of flag."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def natural(text: str) -> int:
-    """A whole number from 0, as a kind of flag."""
-    if int(text) < 0:
-        raise ValueError
-    return int(text)
-
-
-def new_parser(doc: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-
-def add_flags(parser: argparse.ArgumentParser, title: str, rows: list[tuple]) -> None:
-    """A group of flags, each (name, kind, default, help); a default of ... makes the flag required.
-
-    Kinds: a type; a tuple of choices, one of them; a list of choices, any of them; [str], one or more words.
-    """
-    group = parser.add_argument_group(title)
-    for name, kind, default, text in rows:
-        options = {"required": True, "help": text}
-        if default is not ...:
-            options = {"default": default, "help": f"{text} (default: {str(default).replace('%', '%%')})"}
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif isinstance(kind, list):
-            options |= {"nargs": "+", "type": kind[0]} if kind == [str] else {"nargs": "*", "choices": kind}
-        else:
-            options |= {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-        group.add_argument(name, **options)
-
-
-def add_training_flags(parser: argparse.ArgumentParser, lr: float, batch: int, source: str) -> None:
-    """The flags that every stage has, with the stage's own defaults; `source` says where those come from."""
-    # fmt: off
-    add_flags(parser, "data", [
-        ("--data", str, ..., "training samples in LLaVA format, .json or .jsonl"),
-        ("--images", str, ".", "folder that image paths are relative to"),
-        ("--max_len", positive, 2048, "longest sequence in tokens, an image counts Np; as LLaVA-1.5"),
-        ("--group_by_modality", bool, True, "image and text-only samples in separate batches; as LLaVA-1.5"),
-        ("--skip_bad", natural, 0, "go on without up to this many unreadable images, counted and reported"),
-        ("--workers", natural, 4, "data processes per rank"),
-    ])
-    add_flags(parser, "training", [
-        ("--out", str, ..., "folder for the checkpoint and log.jsonl"),
-        ("--lr", float, lr, f"peak learning rate; {source}"),
-        ("--global_batch", positive, batch, f"samples per optimizer step, all ranks together; {source}"),
-        ("--micro_batch", positive, 4, "samples per rank and forward pass: what fits into memory"),
-        ("--epochs", positive, 1, "passes over the data; the papers'"),
-        ("--max_steps", natural, 0, "stop after this many steps, 0: no limit"),
-        ("--warmup", float, 0.03, "share of the steps that warm up, a cosine follows; as LLaVA-1.5"),
-        ("--weight_decay", float, 0.0, "AdamW's; as LLaVA-1.5"),
-        ("--max_grad_norm", float, 1.0, "gradients are clipped to this norm; as TinyLLaVA's trainer"),
-        ("--seed", int, 0, "of the projector and the order of samples"),
-    ])
-    add_flags(parser, "system", [
-        ("--dtype", ("auto", "bf16", "fp32"), "auto", "of arithmetic, weights stay fp32; auto: bf16 on CUDA"),
-        ("--gradient_checkpointing", bool, False, "recompute the student's layers in the backward pass"),
-    ])
-    # fmt: on
-
-
 # ---------------------------------------------------------------------------------- processes and devices
+
+
+Group = namedtuple("Group", "rank world device")
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[Group]:
+    """torchrun's processes, or a group of one; a script that calls several stages keeps one group for all."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda, device = torch.cuda.is_available(), torch.device("cpu")
+    if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if dist.is_initialized():
+        yield Group(rank, world, device)
+        return
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    else:  # plain `python dft.py`: a group of one, so that there is one code path
+        dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield Group(rank, world, device)
+    except BaseException:
+        if world == 1:  # after an error other ranks may never answer
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 class Run:
@@ -125,18 +71,9 @@ class Run:
         self.args, self.stage, self.out = args, stage, Path(args.out)
 
     def __enter__(self) -> Run:
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        cuda = torch.cuda.is_available()
-        self.device = torch.device("cpu")
-        if cuda:
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(self.device)
-        self.opened = not dist.is_initialized()  # a script that calls several stages keeps one group for all
-        if self.opened and "RANK" in os.environ:
-            dist.init_process_group("nccl" if cuda else "gloo")
-        elif self.opened:  # plain `python dft.py`: a group of one, so that there is one code path
-            dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-        self.dtype = torch.bfloat16 if cuda else torch.float32
+        self.group = process_group()
+        self.rank, self.world, self.device = self.group.__enter__()
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.dtype = self.dtype_of(self.args.dtype)
         self.accumulation, rest = divmod(self.args.global_batch, self.args.micro_batch * self.world)
         if rest or not self.accumulation:
@@ -149,9 +86,8 @@ class Run:
         torch.manual_seed(self.args.seed)
         return self
 
-    def __exit__(self, error: type | None, *_: object) -> None:
-        if self.opened and (error is None or self.world == 1):  # after an error other ranks may never answer
-            dist.destroy_process_group()
+    def __exit__(self, *error: object) -> bool | None:
+        return self.group.__exit__(*error)
 
     @property
     def main_rank(self) -> bool:

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaProcessor
 
-from common import InputError, Run
-from records import IMAGE_TOKEN, check_sample, load_image, read_records
+from common import Run
+from flags import InputError
+from records import IMAGE_TOKEN, check_pair, check_sample, load_image, read_records
 
 IGNORE = -100  # label of a position whose token is given, not predicted
 
@@ -131,7 +132,7 @@ class Batch:
 
 
 class LlavaData(Dataset):
-    """Checked samples of one data file."""
+    """Checked samples of one data file, each a list of conversations (here: one) over the same images."""
 
     def __init__(self, path: str, image_root: str, encoder: Encoder, processors: list, skip_bad: int = 0):
         self.image_root, self.encoder, self.skip_bad = image_root, encoder, skip_bad
@@ -139,13 +140,13 @@ class LlavaData(Dataset):
         self.samples, self.n_too_long = [], 0
         records = read_records(path)
         for where, record in records:
-            messages, images = check_sample(where, record, image_root)
+            conversations, images = self.check(where, record)
             for image in () if skip_bad else images:
                 if not os.path.exists(os.path.join(image_root, image)):
                     raise InputError(f"{where}: image {os.path.join(image_root, image)} does not exist")
             name = f"{where} (id {record.get('id')})"
-            if encoder.fits(messages):
-                self.samples.append((name, messages, images))
+            if all(encoder.fits(messages) for messages in conversations):
+                self.samples.append((name, conversations, images))
             else:
                 self.n_too_long += 1
         if not self.samples:
@@ -154,40 +155,50 @@ class LlavaData(Dataset):
                 f"longer than --max_len {encoder.max_len} (an image takes {encoder.n_visual} tokens)"
             )
 
+    def check(self, where: str, record: object) -> tuple[list[list[dict]], list[str]]:
+        messages, images = check_sample(where, record, self.image_root)
+        return [messages], images
+
+    def code(self, messages: list[dict]) -> tuple[list[int], list[int], int]:
+        return self.encoder(messages)
+
     def __len__(self) -> int:
         return len(self.samples)
 
     def length(self, i: int) -> int:
         """About how many tokens sample `i` has, for grouping."""
-        _, messages, images = self.samples[i]
-        n_bytes = sum(len(part["text"]) for m in messages for part in m["content"] if part["type"] == "text")
+        _, conversations, images = self.samples[i]
+        texts = [part["text"] for m in conversations[0] for part in m["content"] if part["type"] == "text"]
+        n_bytes = sum(map(len, texts))
         return min(n_bytes // 4 + len(images) * self.encoder.n_visual, self.encoder.max_len)
 
     def __getitem__(self, i: int) -> dict:
-        name, messages, paths = self.samples[i]
-        ids, labels, n_images = self.encoder(messages)
+        name, conversations, paths = self.samples[i]
+        rows = [self.code(messages) for messages in conversations]
         try:
-            images = [load_image(name, self.image_root, path) for path in paths[:n_images]]
+            images = [load_image(name, self.image_root, path) for path in paths[: rows[0][2]]]
             pixels = [
                 p(images, return_tensors="pt")["pixel_values"] if images else None
                 for p in self.image_processors
             ]
         except InputError as error:
             # One token without a label keeps the batch's shape; `Run.count` stops or counts the sample.
-            eos = self.encoder.tokenizer.eos_token_id
-            return {"ids": [eos], "labels": [IGNORE], "pixels": [None], "bad": str(error)}
-        return {"ids": ids, "labels": labels, "pixels": pixels, "bad": None}
+            rows = [([self.encoder.tokenizer.eos_token_id], [IGNORE], 0)] * len(rows)
+            return {"rows": rows, "pixels": [None], "bad": str(error)}
+        return {"rows": rows, "pixels": pixels, "bad": None}
 
     def collate(self, samples: list[dict]) -> Batch:
-        length = max(len(s["ids"]) for s in samples)
-        pad = self.encoder.tokenizer.pad_token_id
-        input_ids = torch.full((len(samples), length), pad)
+        rows = [
+            row for same in zip(*(s["rows"] for s in samples)) for row in same
+        ]  # first conversations first
+        length = max(len(ids) for ids, _, _ in rows)
+        input_ids = torch.full((len(rows), length), self.encoder.tokenizer.pad_token_id)
         labels = torch.full_like(input_ids, IGNORE)
         attention_mask = torch.zeros_like(input_ids)
-        for row, s in enumerate(samples):
-            n = len(s["ids"])
-            input_ids[row, :n], labels[row, :n] = torch.tensor(s["ids"]), torch.tensor(s["labels"])
-            attention_mask[row, :n] = 1
+        for k, (ids, answers, _) in enumerate(rows):
+            n = len(ids)
+            input_ids[k, :n], labels[k, :n] = torch.tensor(ids), torch.tensor(answers)
+            attention_mask[k, :n] = 1
         pixels = [self._stack(k, samples) for k in range(len(self.image_processors))]
         return Batch(
             input_ids,
@@ -204,6 +215,22 @@ class LlavaData(Dataset):
         size = self.image_processors[k].size
         side = size.get("height") or size.get("shortest_edge")
         return torch.cat(images) if images else torch.zeros(0, 3, side, side)  # (n, 3, H, W)
+
+
+class PreferenceData(LlavaData):
+    """Pairs of answers to one prompt: `chosen` and `rejected` conversations, images once for both.
+
+    A batch of B pairs has 2B rows: the chosen ones, then the rejected ones in the same order. Only the last
+    answer, where the two differ, has labels.
+    """
+
+    def check(self, where: str, record: object) -> tuple[list[list[dict]], list[str]]:
+        return check_pair(where, record, self.image_root)
+
+    def code(self, messages: list[dict]) -> tuple[list[int], list[int], int]:
+        ids, labels, n_images = self.encoder(messages)
+        given = max((k for k, label in enumerate(labels) if label == IGNORE), default=-1)
+        return ids, [IGNORE] * (given + 1) + labels[given + 1 :], n_images
 
 
 def schedule(data: LlavaData, args: argparse.Namespace) -> list[list[int]]:

@@ -13,8 +13,9 @@ import argparse
 
 import torch
 
-from common import Run, add_flags, add_training_flags, cli, new_parser, set_lr
+from common import Run, set_lr
 from data import Encoder, LlavaData, micro_batches, schedule
+from flags import add_flags, add_training_flags, cli, new_parser
 from fused import Head, gram, token_losses, visual_relation
 from losses import autoregressive_loss, dpt_objective, prompt_kl, response_kl, visual_kl
 from model import Llava
@@ -37,6 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ("--alpha", float, 1.0, "weight of L_res; KD §4.1"),
         ("--beta", float, 1.0, "weight of L_vis; KD §4.1"),
         ("--gamma", float, 0.5, "weight of L_rel, RDist, 0: off; KD §4.1"),
+        ("--relation", ("matrix", "columns"), "matrix", "L_rel of R whole, KD Eq. 5; by column, CKD Eq. 6"),
         ("--delta", float, 1.0, "weight of the prompt's KL, if it is a target"),
     ])
     # fmt: on
@@ -54,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     weights = {"response": args.alpha, "visual": args.beta, "prompt": args.delta}
     targets = args.targets if args.teacher else []
     alpha, beta, delta = (w * (target in targets) for target, w in weights.items())
+    columns = args.relation == "columns"
     with Run(args, "dpt") as run:
         if run.finished:
             return
@@ -139,7 +142,9 @@ def main(argv: list[str] | None = None) -> None:
                         if args.gamma:
                             per_image = (len(z), n_patches)  # (n, Np)
                             y_s, y_t = (h[batch.visual].unflatten(0, per_image) for h in (h_s, h_t))
-                            l_rel = visual_relation(y_s, *g_s, y_t, gram_t, weights=1 / n.images)
+                            l_rel = visual_relation(
+                                y_s, *g_s, y_t, gram_t, weights=1 / n.images, columns=columns
+                            )
                         loss = (
                             dpt_objective(l_pt, l_res, l_vis, l_rel, alpha, beta, args.gamma)
                             + delta * l_prompt

@@ -4,9 +4,9 @@
     python evaluate.py --model out/sft out/dft --questions q.jsonl --images IMAGES --sample 8
 
 Questions are JSONL: `question_id`, `text`, `image` (a path, a list of paths, or absent), the reference in
-`label` (a string) or `answers` (a list, for vqa), `options` (a list, for choice) and `category`, each where
-it applies. POPE's own files are in this form. What answers is `LlavaForConditionalGeneration` as others run
-it, not a model of ours.
+`label` (a string), `answers` (a list, for vqa) or `objects` (a list, for hallucination), `options` (a list,
+for choice) and `category`, each where it applies. POPE's own files are in this form. What answers is
+`LlavaForConditionalGeneration` as others run it, not a model of ours.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import textwrap
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from common import InputError, add_flags, cli, natural, new_parser, positive
+from flags import InputError, add_flags, cli, natural, new_parser, positive
+from metrics import METRICS, read_vocabulary
 from records import IMAGE_TOKEN, check_images, load_image, load_stock, read_records
 
 # ---------------------------------------------------------------------------------- questions and answers
@@ -97,108 +96,6 @@ def generate(
     return answers
 
 
-# ---------------------------------------------------------------------------------- metrics
-# Each: (questions, answers) -> scores in percent, "accuracy" first.
-
-
-def exact_match(questions: list[dict], answers: list[str]) -> dict:
-    """Share of answers equal to `label` but for case, outer blanks and a final full stop."""
-    plain = lambda s: s.strip().rstrip(".").lower()  # noqa: E731
-    return by_category(
-        questions, [float(plain(a) == plain(str(q["label"]))) for q, a in zip(questions, answers)]
-    )
-
-
-def by_category(questions: list[dict], points: list[float]) -> dict:
-    """The mean of `points`, over all questions and over those of each `category`."""
-    groups = defaultdict(list)
-    for q, point in zip(questions, points):
-        groups[str(q.get("category", "all"))].append(point)
-    mean = lambda values: 100 * sum(values) / len(values)  # noqa: E731
-    return {"accuracy": mean(points), "by_category": {c: mean(groups[c]) for c in sorted(groups)}}
-
-
-def multiple_choice(questions: list[dict], answers: list[str]) -> dict:
-    """Share of answers that name the option `label`, a letter: "B", "(B)", "B. ...", "The answer is B" (as
-    LLaVA's ScienceQA script), or the option's own text where `options` are given.
-    """
-    points = []
-    for q, answer in zip(questions, answers):
-        answer, options = answer.strip(), [str(o).strip().rstrip(".").lower() for o in q.get("options", [])]
-        found = re.fullmatch(r"\(?([A-Z])\)?[.:]?", answer) or re.match(r"\(?([A-Z])\)?[.:] ", answer)
-        found = found or re.search(r"[Tt]he answer is:? \(?([A-Z])\b", answer)
-        choice = found.group(1) if found else None
-        if answer.rstrip(".").lower() in options:
-            choice = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[options.index(answer.rstrip(".").lower())]
-        points.append(float(choice == str(q["label"]).upper()))
-    return by_category(questions, points)
-
-
-def pope(questions: list[dict], answers: list[str]) -> dict:
-    """POPE's scores as its own script has them, "yes" being the positive class: of an answer the first
-    sentence is read, and it is "no" if one of its words is "No", "not" or "no", else "yes".
-    """
-    tp = fp = tn = fn = 0
-    for q, answer in zip(questions, answers):
-        words = answer.split(".")[0].replace(",", "").split(" ")
-        yes, truth = not {"No", "not", "no"} & set(words), q["label"] != "no"
-        tp, fp = tp + (yes and truth), fp + (yes and not truth)
-        tn, fn = tn + (not yes and not truth), fn + (not yes and truth)
-    precision, recall = tp / max(tp + fp, 1), tp / max(tp + fn, 1)
-    return {
-        "accuracy": 100 * (tp + tn) / len(questions),
-        "precision": 100 * precision,
-        "recall": 100 * recall,
-        "f1": 100 * 2 * precision * recall / max(precision + recall, 1e-12),
-        "yes_ratio": 100 * (tp + fp) / len(questions),
-    }
-
-
-def vqa(questions: list[dict], answers: list[str]) -> dict:
-    """VQA soft accuracy: an answer counts min(1, humans who gave it / 3), averaged over all subsets that
-    leave one of the (ten) humans out. Departure: both sides are normalised alike; the official script
-    normalises references by punctuation only, and not at all where the humans agree.
-    """
-    points = []
-    for q, answer in zip(questions, answers):
-        given, humans = normalize_vqa(answer), [normalize_vqa(str(h)) for h in q["answers"]]
-        same = [human == given for human in humans]
-        points.append(sum(min(1.0, (sum(same) - me) / 3) for me in same) / len(same))
-    return by_category(questions, points)
-
-
-NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
-                   "0 0 1 2 3 4 5 6 7 8 9 10".split()))  # fmt: skip
-PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-CONTRACTED = """
-    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
-    he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've
-    mustn't must've needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've
-    somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd
-    something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll they're
-    they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's
-    where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've
-    y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
-# Every spelling with one of the apostrophes missing.
-CONTRACTIONS = {w[:i] + w[i + 1 :]: w for w in CONTRACTED for i, letter in enumerate(w) if letter == "'"}
-
-
-def normalize_vqa(text: str) -> str:
-    """The official VQA normalisation: punctuation, number words, articles, contractions."""
-    text = text.replace("\n", " ").replace("\t", " ").strip()
-    out = text
-    for p in PUNCTUATION:
-        removed = p + " " in text or " " + p in text or re.search(r"\d,\d", text)
-        out = out.replace(p, "" if removed else " ")
-    out = re.sub(r"\.(?!\d)", "", out)
-    words = [NUMBERS.get(w, w) for w in out.lower().split()]
-    return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in ("a", "an", "the"))
-
-
-METRICS = {"exact": (exact_match, "label"), "choice": (multiple_choice, "label"), "pope": (pope, "label"),
-           "vqa": (vqa, "answers"), "none": (None, None)}  # fmt: skip
-
-
 # ---------------------------------------------------------------------------------- pictures
 
 
@@ -225,7 +122,7 @@ def draw_sample(
         if q["images"]:
             picture.imshow(load_image(q["where"], image_root, q["images"][0]), interpolation="nearest")
         picture.set_title(_wrap(q["text"]), fontsize=10, loc="left")
-        reference = str(q.get("label", "; ".join(map(str, q.get("answers", [])))))
+        reference = str(q.get("label", "; ".join(map(str, q.get("answers") or q.get("objects") or []))))
         lines = [("reference", reference, "black")]
         for name, given in answers.items():
             right = metric is None or metric([q], [given[k]])["accuracy"] > 50
@@ -252,6 +149,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ("--questions", str, ..., "questions, .jsonl"),
         ("--images", str, ".", "folder that image paths are relative to"),
         ("--metric", tuple(METRICS), "exact", "how to score"),
+        ("--objects", str, None, "for hallucination: an object a line, with its other wordings after commas"),
         ("--suffix", str, "", "added to every question, such as '\\nAnswer with a single word or phrase.'"),
     ])
     add_flags(parser, "how", [
@@ -269,6 +167,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     args = parse_args(argv)
     metric, reference = METRICS[args.metric]
     questions = read_questions(args.questions, args.images, reference)
+    if reference == "objects":
+        read_vocabulary(questions, args.objects)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     names = {path: os.path.basename(os.path.normpath(path)) for path in args.model}

@@ -18,7 +18,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from losses import autoregressive_loss, full_precision, prompt_kl, relation_loss, response_kl, visual_kl
+from losses import (
+    autoregressive_loss,
+    full_precision,
+    log_probability,
+    prompt_kl,
+    relation_loss,
+    response_kl,
+    visual_kl,
+)
 
 CHUNK = 1 << 25  # logits formed at a time: 220 rows of 151,936 ids
 BLOCK = 1 << 20  # logits that pointwise work passes over at a time on a CPU: they stay in its cache
@@ -72,6 +80,33 @@ def token_losses(student: Head, terms: Sequence[Term], student_gram: Tensor | No
     """
     values, *grams = _TokenLosses.apply(student.hidden, student.weight, student_gram, terms)
     return [*values.unbind(), *grams]
+
+
+def log_probabilities(head: Head, targets: Tensor) -> Tensor:
+    """log p of every row's target, (N,), for losses that are not sums over rows. Logits are formed twice:
+    here, and again in the backward pass, where Eq. (1) with the rows' gradients as weights is differentiated.
+    """
+    return _LogProbabilities.apply(head.hidden, head.weight, targets)
+
+
+class _LogProbabilities(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight, targets)
+        size = max(1, CHUNK // len(weight))  # rows of a chunk
+        z, w = _buffer(0, hidden, min(size, len(hidden)), len(weight)), weight.to(hidden.dtype)
+        rows = zip(hidden.split(size), targets.split(size))
+        return torch.cat([log_probability(_logits(h, w, z[: len(h)]), y) for h, y in rows])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_rows: Tensor):
+        hidden, weight, targets = ctx.saved_tensors
+        inputs = [x.detach().requires_grad_(on) for x, on in zip((hidden, weight), ctx.needs_input_grad)]
+        with torch.enable_grad():
+            (loss,) = token_losses(Head(*inputs), [(autoregressive_loss, targets, -d_rows, 1.0)])
+        loss.backward()
+        return inputs[0].grad, inputs[1].grad, None
 
 
 class _TokenLosses(torch.autograd.Function):

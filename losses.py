@@ -56,9 +56,13 @@ def autoregressive_loss(
     weights         (N,)    see the conventions above
     Returns a scalar >= 0, in nats. Also L_PT and L_SFT of the paper, and MoD Eq. (5).
     """
-    log_p = F.log_softmax(full_precision(student_logits), dim=-1)  # (N, V)
-    nll = -log_p.gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)  # (N,)
-    return weighted_sum(nll, weights)
+    return weighted_sum(-log_probability(student_logits, targets), weights)
+
+
+def log_probability(logits: Tensor, targets: Tensor) -> Tensor:
+    """log phi(y_m | y_<m) of every row, logits (N, V), targets (N,) as above -> (N,), <= 0, in nats."""
+    log_p = F.log_softmax(full_precision(logits), dim=-1)  # (N, V)
+    return log_p.gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
 
 
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -156,3 +160,88 @@ def dft_objective(
 ) -> Tensor:
     """L_DFT = L_reg + alpha' L_res + beta' L_vis + gamma' L_rel        Eq. (7), arXiv 2410.16236v1"""
     return l_reg + alpha * l_res + beta * l_vis + gamma * l_rel
+
+
+# ------------------------------------------------------------------------------ LLaVA-MoD: the sparse student
+
+
+def routing(
+    scores: Tensor, top_k: int, renormalise: bool = True, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """r = Softmax(x W_r), r~ = Top-k(r)                         Eqs. (2) and (3), arXiv 2408.15881
+
+    scores       (N, E)  x W_r, the router's output for N tokens and E experts
+    renormalise  divide the k kept values by their sum. Departure: the paper keeps r_i as it is; divided by
+                 the sum, E equal experts are exactly the dense FFN they were copied from
+    noise        (N, E)  added to the scores when experts are picked, not to their weights (RSample)
+    Returns r (N, E), the kept values (N, k) and which experts they belong to (N, k).
+    """
+    r = F.softmax(full_precision(scores), dim=-1)
+    ranked = r if noise is None else full_precision(scores) + noise
+    chosen = ranked.topk(top_k, dim=-1).indices
+    kept = r.gather(-1, chosen)
+    return r, kept / kept.sum(-1, keepdim=True) if renormalise else kept, chosen
+
+
+def balance_loss(r: Tensor, load: Tensor, weights: Tensor | float | None = None) -> Tensor:
+    """E sum_i f_i P_i, the loss that keeps experts busy alike (Fedus et al., 2022, Eq. 4), of one MoE layer
+
+    r        (N, E)  routing values of Eq. (2), one row per token
+    load     (E,)    f_i, the share of routed tokens that expert i received; sums to 1; carries no gradient
+    weights  (N,)    of the rows whose mean is P_i; None: all alike
+    Returns a scalar, 1 where load or routing values are uniform, at most E.
+    """
+    return weighted_sum((r * load.detach()).sum(-1), weights) * r.shape[-1]
+
+
+def d2s_objective(l_ar: Tensor, l_kl: Tensor) -> Tensor:
+    """L_D2S = - E[log pi_S] + E_(pi_T)[log pi_T / pi_S]         Eq. (7), arXiv 2408.15881
+
+    Eq. (1) of LLaVA-KD and the KL on the same rows; the KL alone is L_D2D, Eq. (6). Departure: Eqs. (6) and
+    (7) print a minus before the KL, which would drive the student away from the teacher.
+    """
+    return l_ar + l_kl
+
+
+# ------------------------------------------------------------------------------ preference losses (MoD Eq. 8)
+
+
+def dpo_loss(
+    chosen: Tensor, rejected: Tensor, beta: float = 0.1, weights: Tensor | float | None = None
+) -> Tensor:
+    """- log sigma(beta log pi_S(y+)/pi_T(y+) - beta log pi_S(y-)/pi_T(y-))      Eq. (8), arXiv 2408.15881
+
+    chosen, rejected  (B,)  log pi_S(y|x) - log pi_T(y|x) of y+ and y-, each summed over the answer's tokens
+    weights           (B,)  one per pair; None: the mean over pairs
+    Returns a scalar >= 0; log 2 where the student is the teacher.
+    """
+    return weighted_sum(-F.logsigmoid(beta * (chosen - rejected)), weights)
+
+
+def kto_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    chosen_kl: Tensor,
+    rejected_kl: Tensor,
+    beta: float = 0.1,
+    weights: Tensor | float | None = None,
+) -> Tensor:
+    """Kahneman-Tversky optimisation on pairs: the loss of MoD's preference distillation (§3.2, Table 16)
+
+    [1 - sigma(beta (chosen - KL_rejected)) + 1 - sigma(beta (KL_chosen - rejected))] / 2 per pair
+
+    chosen, rejected        (B,)  log-ratios as in `dpo_loss`
+    chosen_kl, rejected_kl  ()    `kl_baseline` of each: of a good answer's reward what bad answers get is
+                                  subtracted, and the reverse (Ethayarajh et al., 2024, with its pairs)
+    weights                 (B,)  one per pair; None: the mean over pairs
+    Returns a scalar in [0, 1]. Departure: the paper names KTO without an equation; this is the form for
+    pairs that its released code uses.
+    """
+    good = 1 - torch.sigmoid(beta * (chosen - rejected_kl))
+    bad = 1 - torch.sigmoid(beta * (chosen_kl - rejected))
+    return weighted_sum((good + bad) / 2, weights)
+
+
+def kl_baseline(mean_log_ratio: Tensor) -> Tensor:
+    """The reference point of KTO: the mean log-ratio over the whole batch, never below 0, no gradient."""
+    return mean_log_ratio.detach().clamp_min(0)

@@ -20,7 +20,7 @@ import transformers as hf
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
-from common import InputError
+from flags import InputError
 from records import IMAGE_TOKEN, complete, load_stock, loading
 
 # One template for training masks, generation and every outside tool. The answer's leading space is inside
@@ -99,9 +99,9 @@ class Llava(nn.Module):
         return cls(config, processor, tower, projector, body, language.lm_head)
 
     @classmethod
-    def from_checkpoint(cls, path: str, dtype: torch.dtype = torch.float32) -> Llava:
-        """A LLaVA-format checkpoint, own or published (hub name or folder)."""
-        llava, processor = load_stock(path, dtype)
+    def from_checkpoint(cls, path: str, dtype: torch.dtype = torch.float32, weights: bool = True) -> Llava:
+        """A LLaVA-format checkpoint, own or published (hub name or folder), or only its shapes."""
+        llava, processor = load_stock(path, dtype, weights)
         m = llava.model
         return cls(
             llava.config, processor, m.vision_tower, m.multi_modal_projector, m.language_model, llava.lm_head
@@ -194,6 +194,12 @@ class Llava(nn.Module):
         if not self.config.tie_word_embeddings:
             names["language_model.lm_head"] = self.lm_head
         weights = {f"{name}.{k}": v for name, part in names.items() for k, v in part.state_dict().items()}
+        for name in [k for k in weights if ".mlp.experts." in k]:  # stacked in memory, published one by one
+            stem, kind = name.rsplit(".", 1)
+            for e, expert in enumerate(weights.pop(name).unbind()):
+                parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+                for part, weight in zip(parts, expert.chunk(len(parts))):
+                    weights[f"{stem}.{e}.{part}.weight"] = weight.clone()  # memory of its own
         save_torch_state_dict(weights, str(out))  # safetensors, in shards if it must be
         config = copy.deepcopy(self.config)
         config.architectures = ["LlavaForConditionalGeneration"]

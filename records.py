@@ -13,7 +13,7 @@ import transformers as hf
 from PIL import Image, ImageOps
 from torch import nn
 
-from common import InputError
+from flags import InputError
 
 hf.utils.logging.disable_progress_bar()  # the stages have one of their own
 hf.utils.logging.set_verbosity_error()  # what matters of loading is checked in `complete`
@@ -79,6 +79,24 @@ def check_sample(where: str, record: object, image_root: str) -> tuple[list[dict
     return messages, images
 
 
+def check_pair(where: str, record: object, image_root: str) -> tuple[list[list[dict]], list[str]]:
+    """A preference record (`chosen` and `rejected` conversations, as MoD's of RLAIF-V) -> both, images."""
+    pair = []
+    for key in "chosen", "rejected":
+        if not isinstance(record, dict) or not record.get(key):
+            raise InputError(f"{where} has no '{key}' conversation: a preference needs both")
+        one = {"conversations": record[key], "image": record.get("image")}
+        messages, images = check_sample(f"{where}, {key}", one, image_root)
+        if messages[-1]["role"] != "assistant":
+            raise InputError(f"{where}, {key}, ends without an answer")
+        pair.append(messages)
+    if pair[0][:-1] != pair[1][:-1]:
+        raise InputError(f"{where}: 'chosen' and 'rejected' differ before their last answer; they must not")
+    if pair[0] == pair[1]:
+        raise InputError(f"{where}: 'chosen' and 'rejected' are the same answer; leave this record out")
+    return pair, images
+
+
 def check_images(where: str, images: object, n_markers: int, image_root: str) -> list[str]:
     """The record's image paths: inside `image_root`, and as many as there are `<image>` markers."""
     images = [] if images is None else [images] if isinstance(images, str) else images
@@ -112,8 +130,10 @@ def load_image(where: str, image_root: str, path: str) -> Image.Image:
 # ---------------------------------------------------------------------------------- checkpoints
 
 
-def load_stock(path: str, dtype: torch.dtype) -> tuple[hf.LlavaForConditionalGeneration, hf.LlavaProcessor]:
-    """Model and processor of a LLaVA-format checkpoint, or an InputError."""
+def load_stock(
+    path: str, dtype: torch.dtype, weights: bool = True
+) -> tuple[hf.LlavaForConditionalGeneration, hf.LlavaProcessor]:
+    """Model and processor of a LLaVA-format checkpoint, or an InputError; without weights only its shapes."""
     with loading(f"the checkpoint {path}"):
         config = hf.AutoConfig.from_pretrained(path)
         if config.model_type != "llava":
@@ -122,7 +142,11 @@ def load_stock(path: str, dtype: torch.dtype) -> tuple[hf.LlavaForConditionalGen
             raise InputError(
                 f"{path} reads several vision layers {config.vision_feature_layer}; only one is possible"
             )
-        llava = complete(path, hf.LlavaForConditionalGeneration, dtype=dtype)
+        if weights:
+            llava = complete(path, hf.LlavaForConditionalGeneration, dtype=dtype)
+        else:
+            with torch.device("meta"):
+                llava = hf.LlavaForConditionalGeneration(config)
         return llava, hf.AutoProcessor.from_pretrained(path)
 
 

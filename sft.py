@@ -10,8 +10,9 @@ import argparse
 
 import torch
 
-from common import Run, add_flags, add_training_flags, cli, new_parser, set_lr
+from common import Run, set_lr
 from data import Encoder, LlavaData, micro_batches, schedule
+from flags import add_flags, add_training_flags, cli, new_parser
 from fused import Head, token_losses
 from losses import autoregressive_loss
 from model import Llava

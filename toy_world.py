@@ -96,11 +96,30 @@ def ask(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
     return "count", "how many objects ?", NUMBERS[len(scene)]
 
 
+def wrong_caption(scene: Scene, rng: random.Random) -> str:
+    """A description with one lie: an object that is not there, or one with another colour or shape."""
+    free = [cell for cell in range(4) if cell not in [c for *_, c in scene]]
+    seen = {(color, shape) for color, shape, _ in scene}
+    while True:
+        lie = (rng.choice(list(COLORS)), rng.choice(SHAPES))
+        k = rng.randrange(len(scene))
+        color, shape, cell = scene[k]
+        if lie in seen:
+            continue
+        if rng.random() < 0.4:
+            return caption(sorted([*scene, (*lie, rng.choice(free))], key=lambda thing: thing[2]))
+        changed = (lie[0], shape) if rng.random() < 0.5 else (color, lie[1])
+        if changed not in seen:
+            return caption([*scene[:k], (*changed, cell), *scene[k + 1 :]])
+
+
 def write_world(root: Path, n_train: int = 4000, n_few: int = 400, n_test: int = 1000) -> None:
-    """LLaVA-format files: images, captions (pretrain), questions to train on (finetune) and to score."""
+    """LLaVA-format files: images; captions (pretrain), questions (finetune) and both (mixed) to train on;
+    pairs of a true and a false description (preference); questions and descriptions to score.
+    """
     (root / "images").mkdir(parents=True, exist_ok=True)
-    rng = random.Random(1)
-    pretrain, finetune, questions = [], [], []
+    rng, liar = random.Random(1), random.Random(2)
+    pretrain, finetune, preference, questions, describe = [], [], [], [], []
     for i in range(n_train + n_test):
         scene, name = draw_scene(rng), f"{i:05d}.png"
         paint(scene, rng).save(root / "images" / name)
@@ -108,19 +127,27 @@ def write_world(root: Path, n_train: int = 4000, n_few: int = 400, n_test: int =
         if i < n_train:
             turns = [("<image>\ndescribe", caption(scene))]
             pretrain.append(sample(f"{i}", name, turns))
+            lie = sample("", name, [("<image>\ndescribe", wrong_caption(scene, liar))])
+            both = {"chosen": pretrain[-1]["conversations"], "rejected": lie["conversations"]}
+            preference.append({"id": f"{i}", "image": name} | both)
             finetune += [
                 sample(f"{i}-{k}", name, [(f"<image>\n{q}", a)]) for k, (_, q, a) in enumerate(asked)
             ]
         else:
+            objects = [f"{color} {shape}" for color, shape, _ in scene]
+            describe.append({"question_id": f"{i}", "image": name, "text": "describe", "objects": objects})
             for k, (kind, q, a) in enumerate(asked):
                 questions.append(
                     {"question_id": f"{i}-{k}", "image": name, "text": q, "label": a, "category": kind}
                 )
-    for name, records in ("pretrain", pretrain), ("finetune", finetune):
+    mixed = [*pretrain, *finetune]
+    files = {"pretrain": pretrain, "finetune": finetune, "mixed": mixed, "preference": preference}
+    for name, records in files.items():
         (root / f"{name}.json").write_text(json.dumps(records))
         few = [r for r in records if int(r["image"][:5]) < n_few]
         (root / f"{name}_few.json").write_text(json.dumps(few))
-    (root / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    for name, records in ("describe", describe), ("questions", questions):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(q) + "\n" for q in records))
 
 
 def sample(name: str, image: str, turns: list[tuple[str, str]]) -> dict:
@@ -244,6 +271,7 @@ def main() -> None:
     tokenizer = make_tokenizer()
     for name, width, layers, steps, lr in (
         ("qwen-small", 32, 2, 3000, 4e-3),
+        ("qwen-middle", 56, 2, 3000, 3e-3),
         ("qwen-large", 96, 3, 2500, 2e-3),
     ):
         print(name)

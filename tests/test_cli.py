@@ -11,7 +11,8 @@ from conftest import data_flags, launch, log_of
 import dft
 import dpt
 import sft
-from common import InputError, set_lr
+from common import set_lr
+from flags import InputError
 from model import Llava
 
 

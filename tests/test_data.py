@@ -10,8 +10,8 @@ from conftest import NP, turns
 from PIL import Image
 from transformers import AutoProcessor
 
-from common import InputError
 from data import IGNORE, Encoder, LlavaData, global_batches, schedule
+from flags import InputError
 from records import check_sample, read_records
 
 
@@ -125,15 +125,16 @@ def test_rows_of_a_batch(world, processor):
     assert batch.pixel_values.shape == (3, 3, 16, 16)
     assert batch.visual.sum(1).tolist() == [NP, 0, 2 * NP]
     for row, sample in enumerate(data[k] for k in (0, 1, 3)):
-        n = len(sample["ids"])
+        ((ids, labels, _),) = sample["rows"]
+        n = len(ids)
         assert batch.attention_mask[row].tolist() == [1] * n + [0] * (batch.labels.shape[1] - n)
         for t in range(n):
-            answer_next = t + 1 < n and sample["labels"][t + 1] != IGNORE
-            image, image_next = (t + d < n and sample["ids"][t + d] == 372 for d in (0, 1))
+            answer_next = t + 1 < n and labels[t + 1] != IGNORE
+            image, image_next = (t + d < n and ids[t + d] == 372 for d in (0, 1))
             assert batch.response[row, t] == answer_next
             assert batch.prompt[row, t] == (t + 1 < n and not answer_next and not image and not image_next)
             if answer_next:
-                assert batch.targets[row, t] == sample["ids"][t + 1]
+                assert batch.targets[row, t] == ids[t + 1]
         assert not batch.response[row, n:].any() | batch.prompt[row, n:].any()
     counts = batch.counts(NP)
     assert counts.tolist() == [
@@ -254,7 +255,7 @@ def test_nothing_left_after_length_filtering(world, processor):
     kept = make_data(world, processor, max_len=20)
     assert 0 < kept.n_too_long < 24
     for k in range(len(kept)):
-        assert any(label != IGNORE for label in kept[k]["labels"])
+        assert any(label != IGNORE for label in kept[k]["rows"][0][1])
 
 
 def test_corrupt_images_become_empty_samples_that_are_counted(world, processor, tmp_path):

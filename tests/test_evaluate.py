@@ -8,8 +8,8 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import evaluate
-from common import InputError
-from evaluate import exact_match, multiple_choice, normalize_vqa, pope, vqa
+from flags import InputError
+from metrics import exact_match, hallucination, multiple_choice, normalize_vqa, pope, read_vocabulary, vqa
 
 TEXTS = ["how many objects ?", "is there a red circle here ?", "what color is the object top left ?", "hi"]
 
@@ -177,3 +177,47 @@ def test_bad_questions(world, tmp_path):
     (tmp_path / "q.jsonl").write_text("")
     with pytest.raises(InputError, match="holds no question"):
         evaluate.read_questions(str(tmp_path / "q.jsonl"), ".", None)
+
+
+def described(*objects: str, **more: object) -> dict:
+    return {"objects": list(objects), "where": "q", **more}
+
+
+def test_hallucination_by_hand():
+    questions = [described("dog", "traffic light"), described("cat"), described("hot dog"), described("bus")]
+    read_vocabulary(questions, None)
+    answers = ["Two dogs under a traffic light.", "A cat and a dog, a dog.", "A hot dog.", "An empty street."]
+    scores = hallucination(questions, answers)
+    assert scores["response_rate"] == 25  # the second
+    assert scores["mention_rate"] == pytest.approx(
+        100 * 1 / 5
+    )  # named: dog, traffic light; cat, dog; hot dog
+    assert scores["recall"] == pytest.approx(100 * 4 / 5)
+    assert scores["accuracy"] == 75
+
+
+def test_a_file_of_wordings(tmp_path):
+    (tmp_path / "synonyms.txt").write_text("person, man, woman\ndog, puppy\n")
+    questions = [described("man"), described("dog")]
+    read_vocabulary(questions, str(tmp_path / "synonyms.txt"))
+    scores = hallucination(questions, ["a woman with a puppy", "a puppy"])
+    assert (scores["response_rate"], scores["mention_rate"]) == (50, pytest.approx(100 / 3))
+    for bad, message in ((described("zebra"), "'zebra' is not in"), (described(3), "must be the list")):
+        with pytest.raises(InputError, match=message):
+            read_vocabulary([bad], str(tmp_path / "synonyms.txt"))
+    with pytest.raises(InputError, match="cannot read the objects' file"):
+        read_vocabulary([described("dog")], str(tmp_path / "none.txt"))
+    with pytest.raises(InputError, match="no question has an object"):
+        read_vocabulary([described()], None)
+
+
+def test_hallucination_through_the_command_line(world, checkpoints, tmp_path):
+    lines = [
+        {"question_id": k, "image": f"{k}.png", "text": "describe", "objects": ["red"]} for k in range(3)
+    ]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    scores = evaluate.main(["--model", checkpoints["small"], "--questions", str(tmp_path / "q.jsonl"),
+                            "--images", str(world / "images"), "--metric", "hallucination", "--sample", "2",
+                            "--out", str(tmp_path / "out"), "--max_new_tokens", "3"])  # fmt: skip
+    assert scores["small"]["response_rate"] == 0  # nothing but red can be named
+    assert (tmp_path / "out" / "sample.png").stat().st_size > 5000

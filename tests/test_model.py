@@ -17,7 +17,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from common import InputError
+from flags import InputError
 from model import CHAT_TEMPLATE, Llava
 
 PROMPTS = ["USER: <image>\nis there a red circle ? ASSISTANT:", "USER: how many ? ASSISTANT:",

@@ -160,7 +160,8 @@ def test_the_log_holds_the_losses_of_the_first_batch(chain, world, checkpoints, 
     nll, kl = [], {"l_res": [], "l_vis": [], "l_prompt": []}
     rel = []
     for sample in (data[i] for i in steps[0]):
-        ids, labels = torch.tensor([sample["ids"]]), sample["labels"]
+        ((ids, labels, _),) = sample["rows"]
+        ids = torch.tensor([ids])
         pixels = {"pixel_values": sample["pixels"][0]} if sample["pixels"][0] is not None else {}
         with torch.no_grad():
             s, t = (m(input_ids=ids, **pixels).logits[0].double()[:, :448] for m in (student, teacher))
