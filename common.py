@@ -8,10 +8,12 @@ import json
 import math
 import os
 import random
+import shutil
+import signal
 import sys
+import threading
 import time
 from collections import namedtuple
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,43 +24,20 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from flags import InputError
+from ranks import process_group
+from resume import collect, read_state, restore, write_state, write_whole
 
 if TYPE_CHECKING:
     from data import Batch, LlavaData
 
+
+STOPPED = 75  # exit code of a run that a signal stopped: its state is saved, the same command goes on
 
 # Response, visual and prompt rows and images of a global batch per rank; its tokens and unreadable samples.
 Counts = namedtuple("Counts", "response visual prompt images tokens bad")
 
 
 # ---------------------------------------------------------------------------------- processes and devices
-
-
-Group = namedtuple("Group", "rank world device")
-
-
-@contextlib.contextmanager
-def process_group() -> Iterator[Group]:
-    """torchrun's processes, or a group of one; a script that calls several stages keeps one group for all."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda, device = torch.cuda.is_available(), torch.device("cpu")
-    if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if dist.is_initialized():
-        yield Group(rank, world, device)
-        return
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    else:  # plain `python dft.py`: a group of one, so that there is one code path
-        dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield Group(rank, world, device)
-    except BaseException:
-        if world == 1:  # after an error other ranks may never answer
-            dist.destroy_process_group()
-        raise
-    dist.destroy_process_group()
 
 
 class Run:
@@ -68,7 +47,7 @@ class Run:
     """
 
     def __init__(self, args: argparse.Namespace, stage: str):
-        self.args, self.stage, self.out = args, stage, Path(args.out)
+        self.args, self.stage, self.out, self.handlers = args, stage, Path(args.out), {}
 
     def __enter__(self) -> Run:
         self.group = process_group()
@@ -87,6 +66,8 @@ class Run:
         return self
 
     def __exit__(self, *error: object) -> bool | None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         return self.group.__exit__(*error)
 
     @property
@@ -107,7 +88,8 @@ class Run:
 
     def identity(self) -> dict:
         """What makes a run the same run: its flags, but for those that only change its speed."""
-        ignored = {"out", "workers", "micro_batch", "gradient_checkpointing"}
+        ignored = {"out", "workers", "micro_batch", "gradient_checkpointing",
+                   "save_every", "keep", "resume", "max_bad_steps"}  # fmt: skip
         return {"stage": self.stage} | {k: v for k, v in vars(self.args).items() if k not in ignored}
 
     def _open_folder(self) -> bool:
@@ -135,25 +117,57 @@ class Run:
         return False
 
     def _write_identity(self, seconds: float | None) -> None:
-        text = json.dumps(self.identity() | {"seconds": seconds}, indent=1)
-        (self.out / "run.json").write_text(text + "\n")
+        write_whole(
+            self.out / "run.json", json.dumps(self.identity() | {"seconds": seconds}, indent=1) + "\n"
+        )
 
     def finish(self, student: nn.Module) -> None:
         """Save the student and mark the run as finished."""
         self.bar.close()
         if self.main_rank:
-            student.save(self.out)
+            beside = self.out / ".saving"  # nobody may find half of a model
+            shutil.rmtree(beside, ignore_errors=True)
+            student.save(beside)
+            for file in beside.iterdir():
+                os.replace(file, self.out / file.name)
+            beside.rmdir()
             self._write_identity(seconds=round(time.perf_counter() - self.started, 1))
+            shutil.rmtree(self.out / "state", ignore_errors=True)
             self.say(f"saved {self.out}" + f"; {self.n_bad} unreadable samples left out" * bool(self.n_bad))
         dist.barrier()
 
-    def start(self, student: nn.Module, steps: int, data: LlavaData, note: str = "") -> None:
-        """All checks are done: take the folder, print the start-up summary, start the clock."""
+    def start(
+        self,
+        student: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        steps: int,
+        data: LlavaData,
+        note: str = "",
+    ) -> int:
+        """All checks are done: take the folder, print the start-up summary, start the clock.
+
+        Returns the first step to do: 0, or where the run was when it was interrupted.
+        """
         dist.barrier()  # every rank has looked into the folder before one writes
+        self.student, self.optimizer, self.steps = student, optimizer, steps
+        first, self.n_bad, self.n_skipped, self.stop = 0, 0, 0, False
+        if not self.args.resume and self.main_rank:
+            shutil.rmtree(self.out / "state", ignore_errors=True)
+        dist.barrier()
+        state = read_state(self.out / "state", self.rank)
+        if state:
+            restore(state, student, optimizer, self.rank, self.device)
+            first, self.n_bad, self.n_skipped = state["step"], *state["counts"].values()
         if self.main_rank:
             self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "log.jsonl").write_text("")
+            log = self.out / "log.jsonl"
+            lines = log.read_text().split("\n")[:first] if first else []  # those of the steps that are done
+            write_whole(log, "".join(f"{line}\n" for line in lines))
             self._write_identity(seconds=None)
+        for number in (
+            (signal.SIGTERM, signal.SIGINT) if threading.main_thread() is threading.current_thread() else ()
+        ):
+            self.handlers[number] = signal.signal(number, self._ask_to_stop)
         batch, micro = self.args.global_batch, self.args.micro_batch
         split = f"{self.accumulation} x {micro} x {self.world} rank(s)"
         self.say(f"{self.stage}: {steps} steps of {batch} samples = {split}")
@@ -165,9 +179,16 @@ class Run:
             self.say(f"  {name:22s} trained {n[0]:>13,d}   frozen {n[1]:>13,d}")
         if note:
             self.say(f"  {note}")
-        self.n_bad, self.started = 0, time.perf_counter()
-        self.clock = self.started
-        self.bar = tqdm(total=steps, desc=self.stage, disable=not self.main_rank, mininterval=1.0)
+        if first:
+            self.say(f"  goes on after step {first}")
+        self.started = self.clock = time.perf_counter()
+        self.bar = tqdm(
+            total=steps, initial=first, desc=self.stage, disable=not self.main_rank, mininterval=1.0
+        )
+        return first
+
+    def _ask_to_stop(self, *_: object) -> None:
+        self.stop = True  # after this step
 
     # ------------------------------------------------------------------ inside the loop
 
@@ -200,25 +221,60 @@ class Run:
         """Ranks exchange gradients on the last micro-batch of a step only."""
         return contextlib.nullcontext() if last or self.world == 1 else ddp.no_sync()
 
+    def sound(self, step: int, losses: list[dict[str, Tensor]], norm: Tensor, micros: list[Batch]) -> bool:
+        """Whether losses and gradients are finite; all ranks agree. If not, this step's update is left out.
+
+        After --max_bad_steps such steps the run stops. Their weights never reach a file.
+        """
+        bad = torch.zeros(self.world + 1, device=self.device)
+        bad[self.rank] = not math.isfinite(sum(terms["loss"].item() for terms in losses))
+        bad[-1] = not math.isfinite(norm.item())
+        dist.all_reduce(bad)
+        if not bad.any():
+            return True
+        ranks = [rank for rank in range(self.world) if bad[rank]]
+        what = f"loss of rank {', '.join(map(str, ranks))}" if ranks else "gradient"
+        message = f"step {step}: the {what} is not finite"
+        if self.rank in ranks or not ranks:
+            message += f"; rank {self.rank} had {', '.join(name for batch in micros for name in batch.names)}"
+        self.n_skipped += 1
+        if self.n_skipped > self.args.max_bad_steps:
+            raise InputError(
+                f"{message}; see {self.out / 'log.jsonl'} (--max_bad_steps {self.args.max_bad_steps})"
+            )
+        tqdm.write(f"{message}; update left out, {self.n_skipped} so far", file=sys.stderr)
+        return False
+
     def log(self, step: int, lr: float, losses: list[dict[str, Tensor]], tokens: float, norm: Tensor) -> None:
-        """One step's line in log.jsonl and on the bar from each micro-batch's share of the global means."""
+        """End a step: its line in log.jsonl and on the bar from each micro-batch's share of the global means;
+        the training state where it is due; the end of the run where a signal asked for it.
+        """
         stacked = [torch.stack([value.detach().double() for value in terms.values()]) for terms in losses]
-        values = torch.stack(stacked).sum(0)
+        stop = torch.tensor([float(self.stop) * self.world], dtype=torch.double, device=self.device)
+        values = torch.cat([torch.stack(stacked).sum(0), stop])
         dist.all_reduce(values)
-        values /= self.world
+        *values, stop = (values / self.world).tolist()
         now = time.perf_counter()
         speed, self.clock = tokens / (now - self.clock), now
         if self.main_rank:
-            terms = dict(zip(losses[0], values.tolist()))
+            terms = dict(zip(losses[0], values))
             line = {"step": step, "lr": lr} | terms | {"tokens_per_s": round(speed), "grad_norm": norm.item()}
+            line = {k: v if math.isfinite(v) else None for k, v in line.items()}  # JSON has no NaN
             with open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
             self.bar.set_postfix({k: f"{v:.3f}" for k, v in terms.items()}, refresh=False)
             self.bar.update()
-        if not math.isfinite(norm.item() + values.sum().item()):
-            raise InputError(
-                f"step {step}: the loss or its gradient is not finite; see {self.out / 'log.jsonl'}"
-            )
+        done, every = step + 1, self.args.save_every
+        if done < self.steps and (stop or (every and done % every == 0)):
+            counts = {"n_bad": self.n_bad, "n_skipped": self.n_skipped}
+            state = collect(self.student, self.optimizer, done, self.device, **counts)
+            if self.main_rank:
+                write_state(self.out / "state", done, state, self.args.keep)
+        if done < self.steps and stop:
+            dist.barrier()
+            self.bar.close()
+            self.say(f"stopped after step {done} of {self.steps}; the same command goes on from there")
+            raise SystemExit(STOPPED)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, step: int, steps: int, peak: float, warmup: float) -> float:

@@ -10,6 +10,8 @@ import argparse
 import os
 import random
 import re
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
@@ -20,7 +22,8 @@ from transformers import LlavaProcessor
 
 from common import Run
 from flags import InputError
-from records import IMAGE_TOKEN, check_pair, check_sample, load_image, read_records
+from index import Index
+from records import IMAGE_TOKEN, check_pair, check_sample, load_image
 
 IGNORE = -100  # label of a position whose token is given, not predicted
 
@@ -41,7 +44,7 @@ class Encoder:
                 "from its prompts; start from a checkpoint made here or add the block to its template"
             )
 
-    def __call__(self, messages: list[dict]) -> tuple[list[int], list[int], int]:
+    def __call__(self, messages: list[dict], max_len: int | None = None) -> tuple[list[int], list[int], int]:
         """(token ids, labels, number of images), at most `max_len` long and no image cut in two.
 
         Labels are the ids of the answers and their end tokens, IGNORE elsewhere. A conversation that is too
@@ -57,7 +60,7 @@ class Encoder:
         ids, labels, n_images = [], [], 0
         for token, answer in zip(pieces, answers):
             width = self.n_visual if token == self.image_id else 1
-            if len(ids) + width > self.max_len:
+            if len(ids) + width > (max_len or self.max_len):
                 break
             ids += [token] * width
             labels += [token if answer else IGNORE] * width
@@ -71,15 +74,14 @@ class Encoder:
         text = self.tokenizer(caption, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
         return images + text, [0] * len(images) + [1] * len(text)
 
-    def fits(self, messages: list[dict]) -> bool:
-        """Whether at least one answer token fits into `max_len`. Tokenizes only where sizes leave doubt."""
-        first = next(k for k, m in enumerate(messages) if m["role"] == "assistant")
-        before = messages if self.caption_only else messages[:first]
-        n_images = sum(part["type"] == "image" for m in before for part in m["content"])
-        n_bytes = sum(len(m["content"][-1]["text"].encode()) for m in before)  # a token has at least one byte
-        if n_bytes + n_images * (self.n_visual + 2) + 16 * (first + 1) <= self.max_len:
-            return True
-        return any(label != IGNORE for label in self(messages)[1])
+    def surely_fits(self, turns: Tensor, images: Tensor, n_bytes: Tensor) -> Tensor:
+        """Of every sample, by what stands before its first answer, whether that answer fits for certain.
+
+        A token has at least one byte, and the template adds less than 16 to a turn.
+        """
+        if self.caption_only:  # text before the caption is left out
+            turns, n_bytes = torch.zeros_like(turns), torch.zeros_like(n_bytes)
+        return n_bytes + images * (self.n_visual + 2) + 16 * (turns + 1) <= self.max_len
 
 
 # ---------------------------------------------------------------------------------- batches
@@ -96,6 +98,7 @@ class Batch:
     pixel_values: Tensor  # (n, 3, H, W), the batch's images in reading order; n may be 0
     teacher_pixel_values: Tensor | None  # the same prepared for a teacher with another tower
     bad: list[str]  # what was wrong with samples that could not be read
+    names: list[str]  # of the samples
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -137,43 +140,60 @@ class LlavaData(Dataset):
     def __init__(self, path: str, image_root: str, encoder: Encoder, processors: list, skip_bad: int = 0):
         self.image_root, self.encoder, self.skip_bad = image_root, encoder, skip_bad
         self.image_processors = [p.image_processor for p in processors]  # the teacher's only if it differs
-        self.samples, self.n_too_long = [], 0
-        records = read_records(path)
-        for where, record in records:
-            conversations, images = self.check(where, record)
-            for image in () if skip_bad else images:
-                if not os.path.exists(os.path.join(image_root, image)):
-                    raise InputError(f"{where}: image {os.path.join(image_root, image)} does not exist")
-            name = f"{where} (id {record.get('id')})"
-            if all(encoder.fits(messages) for messages in conversations):
-                self.samples.append((name, conversations, images))
-            else:
-                self.n_too_long += 1
-        if not self.samples:
+        checks = f"{type(self).__name__} images in {os.path.realpath(image_root)}" * (not skip_bad)
+        self.index = Index(path, checks, self.sizes)
+        images = "images" if encoder.caption_only else "images_before"
+        usable = encoder.surely_fits(*map(self.index.column, ("turns_before", images, "bytes_before")))
+        for i in (~usable).nonzero().flatten().tolist():
+            usable[i] = all(map(self.fits, self.sample(i)[1]))
+        self.usable = usable.nonzero().flatten()  # numbers of the samples in the index
+        self.n_too_long = len(usable) - len(self.usable)
+        if not len(self):
             raise InputError(
-                f"{path}: no training sample is left, {self.n_too_long} of {len(records)} have a prompt "
+                f"{path}: no training sample is left, {self.n_too_long} of {len(self.index)} have a prompt "
                 f"longer than --max_len {encoder.max_len} (an image takes {encoder.n_visual} tokens)"
             )
+        self.n_images = self.index.column("images")[self.usable].tolist()
+        tokens = self.index.column("bytes")[self.usable] // 4 + torch.tensor(self.n_images) * encoder.n_visual
+        self.lengths = tokens.clamp_max(encoder.max_len).tolist()  # about, for grouping
+
+    def sizes(self, where: str, record: object) -> tuple[int, ...]:
+        """Check a record and measure it: the last of `index.FIELDS`."""
+        conversations, images = self.check(where, record)
+        for image in () if self.skip_bad else images:
+            if not os.path.exists(os.path.join(self.image_root, image)):
+                raise InputError(f"{where}: image {os.path.join(self.image_root, image)} does not exist")
+        messages = conversations[0]
+        first = self.answer(messages)
+        n_bytes = [sum(len(part.get("text", "").encode()) for part in m["content"]) for m in messages]
+        before = sum(part["type"] == "image" for m in messages[:first] for part in m["content"])
+        return len(images), sum(n_bytes), first, before, sum(n_bytes[:first])
+
+    def sample(self, i: int) -> tuple[str, list[list[dict]], list[str]]:
+        """(its name, conversations, image paths) of sample `i` of the index, read from the data file."""
+        where, record = self.index.read(i)
+        return f"{where} (id {record.get('id')})", *self.check(where, record)
 
     def check(self, where: str, record: object) -> tuple[list[list[dict]], list[str]]:
         messages, images = check_sample(where, record, self.image_root)
         return [messages], images
 
+    def answer(self, messages: list[dict]) -> int:
+        """The number of the first answer that is learned from."""
+        return next(k for k, m in enumerate(messages) if m["role"] == "assistant")
+
     def code(self, messages: list[dict]) -> tuple[list[int], list[int], int]:
         return self.encoder(messages)
 
-    def __len__(self) -> int:
-        return len(self.samples)
+    def fits(self, messages: list[dict]) -> bool:
+        """Whether at least one token of the answer fits into `max_len`."""
+        return any(label != IGNORE for label in self.encoder(messages)[1])
 
-    def length(self, i: int) -> int:
-        """About how many tokens sample `i` has, for grouping."""
-        _, conversations, images = self.samples[i]
-        texts = [part["text"] for m in conversations[0] for part in m["content"] if part["type"] == "text"]
-        n_bytes = sum(map(len, texts))
-        return min(n_bytes // 4 + len(images) * self.encoder.n_visual, self.encoder.max_len)
+    def __len__(self) -> int:
+        return len(self.usable)
 
     def __getitem__(self, i: int) -> dict:
-        name, conversations, paths = self.samples[i]
+        name, conversations, paths = self.sample(int(self.usable[i]))
         rows = [self.code(messages) for messages in conversations]
         try:
             images = [load_image(name, self.image_root, path) for path in paths[: rows[0][2]]]
@@ -184,8 +204,8 @@ class LlavaData(Dataset):
         except InputError as error:
             # One token without a label keeps the batch's shape; `Run.count` stops or counts the sample.
             rows = [([self.encoder.tokenizer.eos_token_id], [IGNORE], 0)] * len(rows)
-            return {"rows": rows, "pixels": [None], "bad": str(error)}
-        return {"rows": rows, "pixels": pixels, "bad": None}
+            return {"name": name, "rows": rows, "pixels": [None], "bad": str(error)}
+        return {"name": name, "rows": rows, "pixels": pixels, "bad": None}
 
     def collate(self, samples: list[dict]) -> Batch:
         rows = [
@@ -208,6 +228,7 @@ class LlavaData(Dataset):
             pixels[0],
             pixels[1] if len(pixels) > 1 else None,
             [s["bad"] for s in samples if s["bad"]],
+            [s["name"] for s in samples],
         )
 
     def _stack(self, k: int, samples: list[dict]) -> Tensor:
@@ -227,8 +248,15 @@ class PreferenceData(LlavaData):
     def check(self, where: str, record: object) -> tuple[list[list[dict]], list[str]]:
         return check_pair(where, record, self.image_root)
 
-    def code(self, messages: list[dict]) -> tuple[list[int], list[int], int]:
-        ids, labels, n_images = self.encoder(messages)
+    def answer(self, messages: list[dict]) -> int:
+        return len(messages) - 1
+
+    def fits(self, messages: list[dict]) -> bool:
+        labels = self.code(messages, max_len=sys.maxsize)[1]
+        return any(label != IGNORE for label in labels[: self.encoder.max_len])
+
+    def code(self, messages: list[dict], max_len: int | None = None) -> tuple[list[int], list[int], int]:
+        ids, labels, n_images = self.encoder(messages, max_len)
         given = max((k for k, label in enumerate(labels) if label == IGNORE), default=-1)
         return ids, [IGNORE] * (given + 1) + labels[given + 1 :], n_images
 
@@ -253,8 +281,8 @@ def global_batches(data: LlavaData, size: int, seed: str, group_by_modality: boo
     """
     order, rng = list(range(len(data))), random.Random(seed)
     rng.shuffle(order)
-    with_images = [i for i in order if data.samples[i][2]]
-    text_only = [i for i in order if not data.samples[i][2]]
+    with_images = [i for i in order if data.n_images[i]]
+    text_only = [i for i in order if not data.n_images[i]]
     batches, rest = [], []
     for group in [with_images, text_only] if group_by_modality else [order]:
         whole = len(group) - len(group) % size
@@ -262,7 +290,7 @@ def global_batches(data: LlavaData, size: int, seed: str, group_by_modality: boo
         rest += group[whole:]
     batches += [rest[k : k + size] for k in range(0, len(rest) - size + 1, size)]
     rng.shuffle(batches)
-    return [sorted(batch, key=data.length, reverse=True) for batch in batches]
+    return [sorted(batch, key=data.lengths.__getitem__, reverse=True) for batch in batches]
 
 
 def micro_batches(data: LlavaData, steps: list[list[int]], run: Run) -> Iterator[Batch]:
@@ -270,4 +298,11 @@ def micro_batches(data: LlavaData, steps: list[list[int]], run: Run) -> Iterator
     size, stride = run.args.micro_batch, run.args.micro_batch * run.world
     mine = [batch[k + run.rank * size :][:size] for batch in steps for k in range(0, len(batch), stride)]
     return iter(DataLoader(data, batch_sampler=mine, collate_fn=data.collate, num_workers=run.args.workers,
+                           worker_init_fn=ignore_signals, generator=torch.Generator(),
                            pin_memory=run.device.type == "cuda"))  # fmt: skip
+
+
+def ignore_signals(_: int) -> None:
+    """In a data process: a signal to the whole group is for the training process, which ends its step."""
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, signal.SIG_IGN)

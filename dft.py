@@ -72,12 +72,14 @@ def main(argv: list[str] | None = None) -> None:
         processors = [student.processor] if shared else [student.processor, teacher.processor]
         data = LlavaData(args.data, args.images, encoder, processors, args.skip_bad)
         steps = schedule(data, args)
-        batches = micro_batches(data, steps, run)
 
         # ---- the loop
         optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-        run.start(student, len(steps), data, f"teacher {args.teacher}" + ", encoder shared" * shared)
-        for step in range(len(steps)):
+        first = run.start(
+            student, optimizer, len(steps), data, f"teacher {args.teacher}" + ", encoder shared" * shared
+        )
+        batches = micro_batches(data, steps[first:], run)
+        for step in range(first, len(steps)):
             lr = set_lr(optimizer, step, len(steps), args.lr, args.warmup)
             micros = [next(batches) for _ in range(run.accumulation)]
             n = run.count(micros, n_patches)
@@ -119,7 +121,8 @@ def main(argv: list[str] | None = None) -> None:
                 terms = {"l_reg": l_reg, "l_res": l_res, "l_vis": l_vis, "l_rel": l_rel, "l_prompt": l_prompt}
                 losses.append({"loss": loss} | terms)
             norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
-            optimizer.step()
+            if run.sound(step, losses, norm, micros):
+                optimizer.step()
             optimizer.zero_grad()
             run.log(step, lr, losses, n.tokens, norm)
         run.finish(student)

@@ -94,17 +94,18 @@ def main(argv: list[str] | None = None) -> None:
         processors = [student.processor] if shared else [student.processor, teacher.processor]
         data = LlavaData(args.data, args.images, encoder, processors, args.skip_bad)
         steps = schedule(data, args)
-        batches = micro_batches(data, steps, run)
 
         # ---- the loop
         optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-        run.start(
+        first = run.start(
             student,
+            optimizer,
             len(steps),
             data,
             f"teacher {args.teacher}" + ", encoder shared" * shared if teacher else "",
         )
-        for step in range(len(steps)):
+        batches = micro_batches(data, steps[first:], run)
+        for step in range(first, len(steps)):
             lr = set_lr(optimizer, step, len(steps), args.lr, args.warmup)
             micros = [next(batches) for _ in range(run.accumulation)]
             n = run.count(micros, n_patches)
@@ -159,7 +160,8 @@ def main(argv: list[str] | None = None) -> None:
                     loss.backward()
                 losses.append({"loss": loss} | terms)
             norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
-            optimizer.step()
+            if run.sound(step, losses, norm, micros):
+                optimizer.step()
             optimizer.zero_grad()
             run.log(step, lr, losses, n.tokens, norm)
         run.finish(student)

@@ -84,6 +84,12 @@ def add_training_flags(parser: argparse.ArgumentParser, lr: float, batch: int, s
         ("--max_grad_norm", float, 1.0, "gradients are clipped to this norm; as TinyLLaVA's trainer"),
         ("--seed", int, 0, "of the projector and the order of samples"),
     ])
+    add_flags(parser, "interruptions", [
+        ("--save_every", natural, 1000, "steps between training states in OUT/state, 0: only on a signal"),
+        ("--keep", positive, 2, "training states to keep"),
+        ("--resume", bool, True, "go on where an interrupted run in OUT was; without, it starts again"),
+        ("--max_bad_steps", natural, 0, "leave out the update of up to this many steps that are not finite"),
+    ])
     add_flags(parser, "system", [
         ("--dtype", ("auto", "bf16", "fp32"), "auto", "of arithmetic, weights stay fp32; auto: bf16 on CUDA"),
         ("--gradient_checkpointing", bool, False, "recompute the student's layers in the backward pass"),

@@ -116,15 +116,15 @@ def main(argv: list[str] | None = None) -> None:
         dataset = PreferenceData if preference else LlavaData
         data = dataset(args.data, args.images, encoder, processors, args.skip_bad)
         steps = schedule(data, args)
-        batches = micro_batches(data, steps, run)
 
         # ---- the loop
         optimizer = torch.optim.AdamW(
             trained, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.98), fused=True
         )  # betas: MoD Table 10
         note = f"teacher {args.teacher}" + ", encoder shared" * shared if teacher else ""
-        run.start(student, len(steps), data, note)
-        for step in range(len(steps)):
+        first = run.start(student, optimizer, len(steps), data, note)
+        batches = micro_batches(data, steps[first:], run)
+        for step in range(first, len(steps)):
             lr = set_lr(optimizer, step, len(steps), args.lr, args.warmup)
             micros = [next(batches) for _ in range(run.accumulation)]
             n = run.count(micros, n_patches)
@@ -157,7 +157,8 @@ def main(argv: list[str] | None = None) -> None:
                     loss.backward()
                 losses.append({"loss": loss} | terms)
             norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
-            optimizer.step()
+            if run.sound(step, losses, norm, micros):
+                optimizer.step()
             optimizer.zero_grad()
             run.log(step, lr, losses, n.tokens, norm)
         run.finish(student)

@@ -60,13 +60,48 @@ class Experts(stock.Qwen2MoeExperts):
     """Eq. (4), y = sum_i r~_i E_i(x), with gradients and in autocast; a token of no expert gets zero."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        y = torch.zeros_like(hidden_states)  # (N, D)
-        for e, (gate_up, down) in enumerate(zip(self.gate_up_proj.unbind(), self.down_proj.unbind())):
-            token, slot = torch.where(top_k_index == e)  # (n,), the tokens of expert e
-            gate, up = F.linear(hidden_states[token], gate_up).chunk(2, dim=-1)
-            out = F.linear(self.act_fn(gate) * up, down) * top_k_weights[token, slot].unsqueeze(1)
-            y = y.index_add(0, token, out.to(y.dtype))
+        expert, order = top_k_index.flatten().sort(stable=True)  # (N k,), expert by expert
+        sizes = expert.bincount(minlength=self.num_experts)[: self.num_experts].tolist()  # without number E
+        order = order[: sum(sizes)]
+        token = order // top_k_index.shape[1]  # (S,)
+        x = hidden_states[token]  # (S, D)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        gate, up = GroupedLinear.apply(x, self.gate_up_proj, sizes).chunk(2, dim=-1)
+        out = GroupedLinear.apply(self.act_fn(gate) * up, self.down_proj, sizes)  # (S, D)
+        out = out * top_k_weights.flatten()[order].unsqueeze(1)
+        return torch.zeros_like(hidden_states).index_add(0, token, out.to(hidden_states.dtype))
+
+
+class GroupedLinear(torch.autograd.Function):
+    """x (S, D) in groups of rows, one for each of the weights w (E, O, D) -> (S, O), in x's precision.
+
+    As a function of its own, because the gradients of E slices of w would be E tensors of w's size.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, sizes: list[int]) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.sizes = sizes
+        y = x.new_empty(len(x), w.shape[1])
+        for y_e, x_e, w_e in zip(y.split(sizes), x.split(sizes), w):
+            torch.mm(x_e, w_e.T.to(x.dtype), out=y_e)
         return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, w = ctx.saved_tensors
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.empty_like(x)
+            for dx_e, dy_e, w_e in zip(dx.split(ctx.sizes), dy.split(ctx.sizes), w):
+                torch.mm(dy_e, w_e.to(dy.dtype), out=dx_e)
+        if ctx.needs_input_grad[1]:
+            dw = torch.empty_like(w)
+            for dw_e, dy_e, x_e in zip(dw, dy.split(ctx.sizes), x.split(ctx.sizes)):
+                dw_e.copy_(dy_e.T @ x_e) if dw.dtype != x.dtype else torch.mm(dy_e.T, x_e, out=dw_e)
+        return dx, dw, None
 
 
 def sparsify(

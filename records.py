@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from flags import InputError
+from index import records
 
 hf.utils.logging.disable_progress_bar()  # the stages have one of their own
 hf.utils.logging.set_verbosity_error()  # what matters of loading is checked in `complete`
@@ -23,29 +24,8 @@ ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
 
 def read_records(path: str | Path) -> list[tuple[str, dict]]:
-    """The records of a file that is one JSON list, or one object a line, each with where it stands.
-
-    The first character tells which, not the name: POPE's files, for one, are lines of objects named .json.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"cannot read the data file {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); is it a JSON file?") from None
-    if text.lstrip().startswith("["):
-        return [(f"{path} sample {i}", record) for i, record in enumerate(_parse(str(path), text))]
-    lines = [(f"{path} line {k}", line) for k, line in enumerate(text.split("\n"), 1) if line.strip()]
-    return [(where, _parse(where, line)) for where, line in lines]
-
-
-def _parse(where: str, text: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not valid JSON: {error}") from None
-    except RecursionError:
-        raise InputError(f"{where} is not valid JSON: it is nested too deeply") from None
+    """All records of a small file that is one JSON list, or one object a line, each with where it stands."""
+    return [(where, record) for *_, where, record in records(path)]
 
 
 def check_sample(where: str, record: object, image_root: str) -> tuple[list[dict], list[str]]:
@@ -61,6 +41,8 @@ def check_sample(where: str, record: object, image_root: str) -> tuple[list[dict
         role = ROLES.get(speaker) if isinstance(speaker, str) else None
         if role is None or not isinstance(turn.get("value"), str):
             raise InputError(f"{where}, turn {k}, needs 'from' (human, gpt or system) and 'value' (a string)")
+        if not is_text(turn["value"]):
+            raise InputError(f"{where}, turn {k}, holds half of a surrogate pair, which is no character")
         talk = [m["role"] for m in messages if m["role"] != "system"]
         if role == "assistant" and not talk and IMAGE_TOKEN not in turn["value"]:
             continue  # as LLaVA-1.5, whose data has conversations that begin with an answer
@@ -77,6 +59,15 @@ def check_sample(where: str, record: object, image_root: str) -> tuple[list[dict
         raise InputError(f"{where} has no 'gpt' turn that answers a human one: there is nothing to learn")
     images = check_images(where, record.get("image"), n_markers, image_root)
     return messages, images
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8: JSON can hold halves of surrogate pairs, tokenizers cannot read them."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_pair(where: str, record: object, image_root: str) -> tuple[list[list[dict]], list[str]]:
@@ -100,7 +91,7 @@ def check_pair(where: str, record: object, image_root: str) -> tuple[list[list[d
 def check_images(where: str, images: object, n_markers: int, image_root: str) -> list[str]:
     """The record's image paths: inside `image_root`, and as many as there are `<image>` markers."""
     images = [] if images is None else [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(p, str) and p for p in images):
+    if not isinstance(images, list) or not all(isinstance(p, str) and p and is_text(p) for p in images):
         raise InputError(f"{where}: 'image' must be a path or a list of paths")
     if len(images) != n_markers:
         raise InputError(f"{where} has {n_markers} {IMAGE_TOKEN} marker(s) and {len(images)} image(s)")
@@ -120,6 +111,12 @@ def load_image(where: str, image_root: str, path: str) -> Image.Image:
         )
     try:
         with Image.open(full) as image:
+            if image.width * image.height > (
+                Image.MAX_IMAGE_PIXELS or math.inf
+            ):  # Pillow warns up to twice that
+                raise ValueError(
+                    f"{image.width} x {image.height} pixels, Pillow's limit is {Image.MAX_IMAGE_PIXELS}"
+                )
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise InputError(f"{where}: image {full} does not exist") from None

@@ -48,12 +48,12 @@ def main(argv: list[str] | None = None) -> None:
         encoder = Encoder(student.processor, n_patches, args.max_len)
         data = LlavaData(args.data, args.images, encoder, [student.processor], args.skip_bad)
         steps = schedule(data, args)
-        batches = micro_batches(data, steps, run)
 
         # ---- the loop
         optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-        run.start(student, len(steps), data)
-        for step in range(len(steps)):
+        first = run.start(student, optimizer, len(steps), data)
+        batches = micro_batches(data, steps[first:], run)
+        for step in range(first, len(steps)):
             lr = set_lr(optimizer, step, len(steps), args.lr, args.warmup)
             micros = [next(batches) for _ in range(run.accumulation)]
             n = run.count(micros, n_patches)
@@ -73,7 +73,8 @@ def main(argv: list[str] | None = None) -> None:
                     loss.backward()
                 losses.append({"loss": loss})
             norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
-            optimizer.step()
+            if run.sound(step, losses, norm, micros):
+                optimizer.step()
             optimizer.zero_grad()
             run.log(step, lr, losses, n.tokens, norm)
         run.finish(student)

@@ -63,7 +63,7 @@ def test_a_cascade_of_three_teachers(world, parts, checkpoints, teachers, tmp_pa
     assert runs[0]["llm"] == parts["small"]
     assert [r["student"] for r in runs[1:]] == [str(tmp_path / stage) for stage in want[:-1]]
     for stage, run in zip(want, runs):
-        assert run["seconds"] > 0
+        assert run["seconds"] is not None
         for line in log_of(tmp_path / stage):
             ar = line.get("l_pt", line.get("l_reg"))
             if ar is not None:  # all weights are 1

@@ -79,7 +79,7 @@ def test_numbers_out_of_range(argv, flag, capsys):
 
 
 def test_a_run_that_diverges_stops_and_saves_nothing(argv, tmp_path):
-    with pytest.raises(InputError, match="step 1: the loss or its gradient is not finite"):
+    with pytest.raises(InputError, match="step 1: the loss of rank 0 is not finite"):
         sft.main(argv(lr=float("inf")))
     assert not (tmp_path / "out" / "model.safetensors").exists()
     assert json.loads((tmp_path / "out" / "run.json").read_text())["seconds"] is None

@@ -95,8 +95,9 @@ def test_truncation_never_cuts_an_image(processor, max_len):
     assert len(ids) == len(labels) <= max_len
     assert ids == whole[: len(ids)]
     assert ids.count(image_id) == n_images * NP
-    fits = any(label != IGNORE for label in labels)
-    assert encoder(processor, max_len).fits(sample) == fits
+    n_bytes = len("how many ?")  # before the first answer: one turn, one image
+    (sure,) = encoder(processor, max_len).surely_fits(*torch.tensor([[1], [1], [n_bytes]]))
+    assert any(label != IGNORE for label in labels) or not sure
 
 
 def test_a_template_without_generation_markers_is_refused(processor, checkpoints):
@@ -115,8 +116,8 @@ def make_data(world, processor, name="train.json", **more):
 
 def test_json_and_jsonl_are_the_same_data(world, processor):
     a, b = (make_data(world, processor, name) for name in ("train.json", "train.jsonl"))
-    assert [s[1:] for s in a.samples] == [s[1:] for s in b.samples]
-    assert "line 3" in b.samples[2][0]
+    assert [a.sample(i)[1:] for i in range(24)] == [b.sample(i)[1:] for i in range(24)]
+    assert "line 3" in b.sample(2)[0]
 
 
 def test_rows_of_a_batch(world, processor):
@@ -157,11 +158,11 @@ def test_a_text_only_batch(world, processor):
 def test_batches_are_of_one_modality_and_of_similar_length(world, processor):
     data = make_data(world, processor)
     batches = global_batches(data, 4, "7", group_by_modality=True)
-    kinds = [{bool(data.samples[i][2]) for i in batch} for batch in batches]
+    kinds = [{bool(data.n_images[i]) for i in batch} for batch in batches]
     assert sum(len(kind) == 2 for kind in kinds) <= 1  # only the one made of leftovers may be mixed
     assert len({i for batch in batches for i in batch}) == 24
     for batch in batches:
-        lengths = [data.length(i) for i in batch]
+        lengths = [data.lengths[i] for i in batch]
         assert lengths == sorted(lengths, reverse=True)
     assert batches == global_batches(data, 4, "7", group_by_modality=True)
     assert batches != global_batches(data, 4, "8", group_by_modality=True)
@@ -219,7 +220,7 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "cut.jsonl").write_text('{"id": 1}\n{"id"')
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "deep.json").write_text("[" * 100_000)
-    for name, message in (("none.json", "cannot read"), ("cut.json", "not valid JSON.*line 2"),
+    for name, message in (("none.json", "cannot read"), ("cut.json", "sample 1 is not valid JSON"),
                           ("cut.jsonl", "line 2 is not valid JSON"),
                           ("binary.json", "not UTF-8"),
                           ("deep.json", "not valid JSON")):  # fmt: skip
@@ -269,3 +270,72 @@ def test_corrupt_images_become_empty_samples_that_are_counted(world, processor, 
     assert "(id g)" in batch.bad[0]
     assert "leads out of" in batch.bad[1]
     assert batch.counts(NP).tolist() == [0, 0, 0, 0, 2, 2]
+
+
+def test_a_picture_beyond_pillows_limit_is_refused_by_name(tmp_path, monkeypatch):
+    from records import load_image
+
+    Image.new("RGB", (30, 40)).save(tmp_path / "big.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1199)
+    with pytest.raises(InputError, match="big.png cannot be read .30 x 40 pixels, Pillow's limit is 1199"):
+        load_image("sample 0", str(tmp_path), "big.png")
+
+
+# ---------------------------------------------------------------------------------- the index
+
+
+def test_the_index_is_made_once_and_again_when_the_file_changed(world, processor, tmp_path, monkeypatch):
+    import index
+
+    made, make = [], index.Index._make
+    monkeypatch.setattr(index.Index, "_make", lambda *a: made.append(1) or make(*a))
+    path = tmp_path / "train.json"
+    path.write_text((world / "train.json").read_text())
+    data = lambda: LlavaData(str(path), str(world / "images"), encoder(processor), [processor])  # noqa: E731
+    assert len(data()) == len(data()) == 24
+    assert len(made) == 1
+    path.write_text(json.dumps(json.loads(path.read_text())[:7]))
+    assert len(data()) == 7
+    assert len(made) == 2
+    assert len(list(tmp_path.glob(".train.json.*.index"))) >= 1
+
+
+def test_an_index_that_cannot_lie_beside_the_data_lies_in_the_cache(world, processor, tmp_path, monkeypatch):
+    import index
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    replace = index.os.replace
+    beside = lambda a, b: (
+        replace(a, b) if "cache" in str(b) else (_ for _ in ()).throw(OSError(30, "read-only"))
+    )  # noqa: E731
+    monkeypatch.setattr(index.os, "replace", beside)
+    path = tmp_path / "train.json"
+    path.write_text((world / "train.json").read_text())
+    assert len(LlavaData(str(path), str(world / "images"), encoder(processor), [processor])) == 24
+    assert len(list((tmp_path / "cache").rglob("*.index"))) == 1
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 64, 4096])
+@pytest.mark.parametrize("form", ["list", "indented", "lines", "bom"])
+def test_records_are_found_wherever_blocks_end(tmp_path, monkeypatch, block, form):
+    """Multi-byte characters, escapes and numbers cut at any byte; every (start, size) is that of the record."""
+    import index
+
+    monkeypatch.setattr(index, "BLOCK", block)
+    want = [
+        {"id": 1, "t": "é漢🙂"},
+        {"t": 'a "quoted" \\\\ one, ] }'},
+        12345,
+        [],
+        {"x": [1.5e3, None, True]},
+        "s",
+    ]
+    text = json.dumps(want, ensure_ascii=False, indent=2 if form == "indented" else None)
+    if form == "lines":
+        text = "\n".join(json.dumps(r, ensure_ascii=False) for r in want) + "\n\n"
+    data = ("\ufeff" * (form == "bom") + text).encode()
+    (tmp_path / "f.json").write_bytes(data)
+    found = list(index.records(tmp_path / "f.json"))
+    assert [record for *_, record in found] == want
+    for start, size, _, _, record in found:
+        assert json.loads(data[start : start + size].decode().strip("\ufeff \n")) == record

@@ -65,7 +65,7 @@ def test_the_three_stages_on_two_ranks_equal_one_process(chain, world, parts, ch
 def test_one_rank_has_no_image_in_some_step(world, checkpoints):
     """What the test above relies on, in its last stage: micro-batches of one sample on two ranks."""
     data, steps = first_steps(world, checkpoints["small"])
-    pairs = [[bool(data.samples[i][2]) for i in batch[k : k + 2]] for batch in steps for k in range(0, 8, 2)]
+    pairs = [[bool(data.n_images[i]) for i in batch[k : k + 2]] for batch in steps for k in range(0, 8, 2)]
     assert any(sum(pair) == 1 for pair in pairs)
     assert any(not any(pair) for pair in pairs)
     assert any(sum(pair) == 1 for pair in pairs[3::4])  # also where the gradients are exchanged
