@@ -10,7 +10,6 @@ import argparse
 import os
 import random
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -23,6 +22,7 @@ from transformers import LlavaProcessor
 from common import Run
 from flags import InputError
 from index import Index
+from ranks import ignore_signals
 from records import IMAGE_TOKEN, check_pair, check_sample, load_image
 
 IGNORE = -100  # label of a position whose token is given, not predicted
@@ -219,17 +219,10 @@ class LlavaData(Dataset):
             n = len(ids)
             input_ids[k, :n], labels[k, :n] = torch.tensor(ids), torch.tensor(answers)
             attention_mask[k, :n] = 1
-        pixels = [self._stack(k, samples) for k in range(len(self.image_processors))]
-        return Batch(
-            input_ids,
-            attention_mask,
-            labels,
-            (input_ids == self.encoder.image_id) & attention_mask.bool(),
-            pixels[0],
-            pixels[1] if len(pixels) > 1 else None,
-            [s["bad"] for s in samples if s["bad"]],
-            [s["name"] for s in samples],
-        )
+        visual = (input_ids == self.encoder.image_id) & attention_mask.bool()
+        pixels, *others = (self._stack(k, samples) for k in range(len(self.image_processors)))
+        bad, names = [s["bad"] for s in samples if s["bad"]], [s["name"] for s in samples]
+        return Batch(input_ids, attention_mask, labels, visual, pixels, *(others or [None]), bad, names)
 
     def _stack(self, k: int, samples: list[dict]) -> Tensor:
         images = [s["pixels"][k] for s in samples if s["pixels"][0] is not None]
@@ -300,9 +293,3 @@ def micro_batches(data: LlavaData, steps: list[list[int]], run: Run) -> Iterator
     return iter(DataLoader(data, batch_sampler=mine, collate_fn=data.collate, num_workers=run.args.workers,
                            worker_init_fn=ignore_signals, generator=torch.Generator(),
                            pin_memory=run.device.type == "cuda"))  # fmt: skip
-
-
-def ignore_signals(_: int) -> None:
-    """In a data process: a signal to the whole group is for the training process, which ends its step."""
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, signal.SIG_IGN)

@@ -110,7 +110,7 @@ def draw_sample(
 
     columns = min(4, len(questions))
     rows = -(-len(questions) // columns)
-    text_height = 0.75 + 0.25 * len(answers)
+    text_height = 0.75 + 0.34 * len(answers)
     size, ratios = (3.4 * columns, (3.4 + text_height) * rows), [3.4, text_height] * rows
     figure, axes = plt.subplots(
         2 * rows, columns, figsize=size, squeeze=False, height_ratios=ratios, layout="constrained"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections import namedtuple
 from collections.abc import Iterator
 
@@ -46,3 +47,9 @@ def everywhere(number: Tensor) -> Tensor:
     number = number.to("cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.broadcast(number, 0)
     return number.cpu()
+
+
+def ignore_signals(_: int) -> None:
+    """In a data process: a signal to the whole group is for the training process, which ends its step."""
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, signal.SIG_IGN)

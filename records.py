@@ -62,7 +62,7 @@ def check_sample(where: str, record: object, image_root: str) -> tuple[list[dict
 
 
 def is_text(value: str) -> bool:
-    """Whether it can be written as UTF-8: JSON can hold halves of surrogate pairs, tokenizers cannot read them."""
+    """Whether it can be written as UTF-8: JSON can hold halves of surrogate pairs."""
     try:
         value.encode()
     except UnicodeEncodeError:

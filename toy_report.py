@@ -12,9 +12,9 @@ from metrics import exact_match, hallucination, read_vocabulary
 # Every row there can be, in the table's order, and its colour.
 COLORS = {
     "Teacher": "#6b7280", "PT+SFT": "#93c5fd", "PT+SFT+SFT": "#2563eb", "DPT+SFT+DFT": "#ea580c",
-    "MoD's teacher": "#6b7280", "D2D": "#a7f3d0", "D2D+D2D, dense": "#6ee7b7", "SFT+SFT, sparse": "#93c5fd",
     "CKD's assistant": "#9ca3af", "KD by the assistant": "#fdba74", "KD by the teacher": "#fb923c",
     "KD by the teacher, twice": "#f97316", "CKD, top-down": "#f59e0b", "CKD, bottom-up": "#b45309",
+    "MoD's teacher": "#6b7280", "D2D": "#a7f3d0", "D2D+D2D, dense": "#6ee7b7", "SFT+SFT, sparse": "#93c5fd",
     "D2D+D2S, E4T1": "#34d399", "D2D+D2S": "#059669", "D2D+D2S+DPO": "#c084fc", "D2D+D2S+KTO": "#7c3aed",
 }  # fmt: skip
 # (scenes, method, baseline, field, what the papers say of it)

@@ -35,8 +35,8 @@ def kills(n: int, root: Path) -> None:
     write_world(root / "world", n_train=60, n_few=10, n_test=1)
     data = ["--images", str(root / "world/images"), "--workers", "0", "--no-caption_only"]
     parts = ["--vision", f"{BASE}/siglip", "--llm", f"{BASE}/qwen-small"]
-    flags = ["--data", str(root / "world/pretrain.json"), *data, *parts, "--global_batch", "8", "--micro_batch",
-             "4", "--max_steps", "60", "--epochs", "20", "--save_every", "3"]  # fmt: skip
+    flags = ["--data", str(root / "world/pretrain.json"), *data, *parts, "--global_batch", "8",
+             "--micro_batch", "4", "--max_steps", "60", "--epochs", "20", "--save_every", "3"]  # fmt: skip
     command = lambda out: [sys.executable, "dpt.py", *flags, "--out", str(root / out)]  # noqa: E731
     quiet = {"cwd": ROOT, "env": ENV, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     begun = time.time()
@@ -158,9 +158,7 @@ def open_data(root: Path) -> None:
         tokens = sum(loader)
         dist.barrier()
         if group.rank == 0:
-            print(
-                f"opened in {opened:.1f} s, {len(data):,} samples, {len(batches):,} batches, {tokens:,} tokens read"
-            )
+            print(f"opened in {opened:.1f} s: {len(data):,} samples; {tokens:,} tokens")
 
 
 # ---------------------------------------------------------------------------------- fuzz

@@ -305,9 +305,12 @@ def test_an_index_that_cannot_lie_beside_the_data_lies_in_the_cache(world, proce
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     replace = index.os.replace
-    beside = lambda a, b: (
-        replace(a, b) if "cache" in str(b) else (_ for _ in ()).throw(OSError(30, "read-only"))
-    )  # noqa: E731
+
+    def beside(source, target):
+        if "cache" not in str(target):
+            raise OSError(30, "read-only")
+        replace(source, target)
+
     monkeypatch.setattr(index.os, "replace", beside)
     path = tmp_path / "train.json"
     path.write_text((world / "train.json").read_text())
@@ -318,18 +321,12 @@ def test_an_index_that_cannot_lie_beside_the_data_lies_in_the_cache(world, proce
 @pytest.mark.parametrize("block", [1, 2, 7, 64, 4096])
 @pytest.mark.parametrize("form", ["list", "indented", "lines", "bom"])
 def test_records_are_found_wherever_blocks_end(tmp_path, monkeypatch, block, form):
-    """Multi-byte characters, escapes and numbers cut at any byte; every (start, size) is that of the record."""
+    """Characters of several bytes, escapes, numbers cut anywhere; every (start, size) is its record's."""
     import index
 
     monkeypatch.setattr(index, "BLOCK", block)
-    want = [
-        {"id": 1, "t": "é漢🙂"},
-        {"t": 'a "quoted" \\\\ one, ] }'},
-        12345,
-        [],
-        {"x": [1.5e3, None, True]},
-        "s",
-    ]
+    want = [{"id": 1, "t": "é漢🙂"}, {"t": 'a "quoted" \\\\ one, ] }'}, 12345, []]
+    want += [{"x": [1.5e3, None, True]}, "s"]
     text = json.dumps(want, ensure_ascii=False, indent=2 if form == "indented" else None)
     if form == "lines":
         text = "\n".join(json.dumps(r, ensure_ascii=False) for r in want) + "\n\n"

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-TEXTS = ["", " ", "\0", "\ud800", "a" * 70_000, "é漢字🙂\u202e", "<image>", "<|endoftext|>", "ASSISTANT:", "{{ 7*7 }}",
-         "{% generation %}", "\\u0000", "\n\n", "x\u0301" * 50]  # fmt: skip
+TEXTS = ["", " ", "\0", "\ud800", "a" * 70_000, "é漢字🙂\u202e", "<image>", "<|endoftext|>", "ASSISTANT:",
+         "{{ 7*7 }}", "{% generation %}", "\\u0000", "\n\n", "x\u0301" * 50]  # fmt: skip
 VALUES = [None, 0, -1, 1e308, True, [], {}, "text", [[]], {"from": "gpt"}, float("nan")]
 
 
@@ -93,8 +93,8 @@ def fuzz_samples(n: int, root: Path, seed: int) -> str:
                                vision_feature_select_strategy="full")  # fmt: skip
     encoder, rng, seen = Encoder(processor, 4, 64), random.Random(seed), Counter()
     names = pictures(root / "images")
-    good = {"id": "good", "image": "ok.png", "conversations": [{"from": "human", "value": "<image>\nhow many ?"},
-                                                               {"from": "gpt", "value": "two"}]}  # fmt: skip
+    turns = [{"from": "human", "value": "<image>\nhow many ?"}, {"from": "gpt", "value": "two"}]
+    good = {"id": "good", "image": "ok.png", "conversations": turns}
     path = root / "data.json"
     for _ in range(n):
         record = mutate(rng, names)
