@@ -149,7 +149,9 @@ def load_stock(
 
 def complete(path: str, kind: type, dtype: torch.dtype = torch.float32, **options: object) -> nn.Module:
     """`kind.from_pretrained(path)`, or an InputError if any weight is missing there and would be random."""
-    model, report = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+    model, report = kind.from_pretrained(
+        path, dtype=dtype, output_loading_info=True, use_safetensors=True, **options
+    )  # other formats can hold code
     lost = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if lost:
         raise InputError(f"{path} lacks {len(lost)} of the model's weights, the first is {lost[0]}")
