@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import multiprocessing.util  # its own ending is registered first, and so comes last
 import os
 import signal
 from collections import namedtuple
@@ -53,3 +55,11 @@ def ignore_signals(_: int) -> None:
     """In a data process: a signal to the whole group is for the training process, which ends its step."""
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_data_processes() -> None:
+    """They ignore the signal that Python would end them with, and Python would wait for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        child.kill()
