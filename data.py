@@ -11,6 +11,7 @@ import os
 import random
 import re
 import sys
+from collections import namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
@@ -19,11 +20,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaProcessor
 
-from common import Run
-from flags import InputError
-from index import Index
-from ranks import ignore_signals
-from records import IMAGE_TOKEN, check_pair, check_sample, load_image
+from support.checks import IMAGE_TOKEN, check_pair, check_sample, load_image
+from support.flags import InputError
+from support.index import Index
+from support.ranks import Ranks, ignore_signals
+from support.run import Run
 
 IGNORE = -100  # label of a position whose token is given, not predicted
 
@@ -74,15 +75,6 @@ class Encoder:
         text = self.tokenizer(caption, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
         return images + text, [0] * len(images) + [1] * len(text)
 
-    def surely_fits(self, turns: Tensor, images: Tensor, n_bytes: Tensor) -> Tensor:
-        """Of every sample, by what stands before its first answer, whether that answer fits for certain.
-
-        A token has at least one byte, and the template adds less than 16 to a turn.
-        """
-        if self.caption_only:  # text before the caption is left out
-            turns, n_bytes = torch.zeros_like(turns), torch.zeros_like(n_bytes)
-        return n_bytes + images * (self.n_visual + 2) + 16 * (turns + 1) <= self.max_len
-
 
 # ---------------------------------------------------------------------------------- batches
 
@@ -96,7 +88,7 @@ class Batch:
     labels: Tensor  # (B, T) IGNORE where the token is given
     visual: Tensor  # (B, T) True at image tokens: the rows of Eqs. (3)-(5), unshifted
     pixel_values: Tensor  # (n, 3, H, W), the batch's images in reading order; n may be 0
-    teacher_pixel_values: Tensor | None  # the same prepared for a teacher with another tower
+    teacher_pixels: Tensor | None  # the same prepared for a teacher with a tower of its own
     bad: list[str]  # what was wrong with samples that could not be read
     names: list[str]  # of the samples
 
@@ -127,11 +119,19 @@ class Batch:
         next_is_text = torch.cat([is_text[:, 1:], torch.zeros_like(is_text[:, :1])], dim=1)
         return is_text & next_is_text & ~self.response
 
-    def counts(self, n_visual_tokens: int) -> Tensor:
-        """The six numbers of `common.Counts`."""
-        rows = [mask.sum().item() for mask in (self.response, self.visual, self.prompt)]
-        n_images, n_tokens = rows[1] // n_visual_tokens, self.attention_mask.sum().item()
-        return torch.tensor([*rows, n_images, n_tokens, len(self.bad)], dtype=torch.float64)
+
+Counts = namedtuple("Counts", "response visual prompt images tokens bad")
+
+
+def count_rows(micros: list[Batch], ranks: Ranks) -> Counts:
+    """What the global batch holds, of which this rank has `micros`: rows of each kind, images, tokens, and
+    unreadable samples. What there is none of counts as 1: a mean over nothing is then 0 / 1.
+    """
+    counts = [[b.response.sum(), b.visual.sum(), b.prompt.sum(), len(b.pixel_values), b.attention_mask.sum(),
+               len(b.bad)] for b in micros]  # fmt: skip
+    total = ranks.sum(torch.tensor(counts, dtype=torch.float64).sum(0).to(ranks.device))
+    *means_over, bad = total.tolist()
+    return Counts(*(max(count, 1.0) for count in means_over), bad)
 
 
 class LlavaData(Dataset):
@@ -141,36 +141,43 @@ class LlavaData(Dataset):
         self.image_root, self.encoder, self.skip_bad = image_root, encoder, skip_bad
         self.image_processors = [p.image_processor for p in processors]  # the teacher's only if it differs
         checks = f"{type(self).__name__} images in {os.path.realpath(image_root)}" * (not skip_bad)
-        self.index = Index(path, checks, self.sizes)
-        images = "images" if encoder.caption_only else "images_before"
-        usable = encoder.surely_fits(*map(self.index.column, ("turns_before", images, "bytes_before")))
-        for i in (~usable).nonzero().flatten().tolist():
-            usable[i] = all(map(self.fits, self.sample(i)[1]))
-        self.usable = usable.nonzero().flatten()  # numbers of the samples in the index
-        self.n_too_long = len(usable) - len(self.usable)
+        self.index = Index(path, checks, 5, self.measure)
+        n_images, n_bytes, *before = self.index.sizes.unbind(1)
+        fits = self._longest_prompt(*before) < encoder.max_len
+        for i in (~fits).nonzero().flatten().tolist():
+            fits[i] = all(map(self.has_answer, self.sample(i)[1]))
+        self.usable = fits.nonzero().flatten()  # numbers of the samples in the index
+        self.n_too_long = len(fits) - len(self.usable)
         if not len(self):
             raise InputError(
-                f"{path}: no training sample is left, {self.n_too_long} of {len(self.index)} have a prompt "
+                f"{path}: no training sample is left, {self.n_too_long} of {len(fits)} have a prompt "
                 f"longer than --max_len {encoder.max_len} (an image takes {encoder.n_visual} tokens)"
             )
-        self.n_images = self.index.column("images")[self.usable].tolist()
-        tokens = self.index.column("bytes")[self.usable] // 4 + torch.tensor(self.n_images) * encoder.n_visual
-        self.lengths = tokens.clamp_max(encoder.max_len).tolist()  # about, for grouping
+        self.n_images = n_images[self.usable].tolist()
+        tokens = n_bytes // 4 + n_images * encoder.n_visual  # about, for grouping
+        self.lengths = tokens[self.usable].clamp_max(encoder.max_len).tolist()
 
-    def sizes(self, where: str, record: object) -> tuple[int, ...]:
-        """Check a record and measure it: the last of `index.FIELDS`."""
+    def measure(self, where: str, record: object) -> tuple[int, ...]:
+        """Check a record. Its images and bytes of text; images, turns and bytes before its first answer."""
         conversations, images = self.check(where, record)
         for image in () if self.skip_bad else images:
             if not os.path.exists(os.path.join(self.image_root, image)):
                 raise InputError(f"{where}: image {os.path.join(self.image_root, image)} does not exist")
         messages = conversations[0]
-        first = self.answer(messages)
         n_bytes = [sum(len(part.get("text", "").encode()) for part in m["content"]) for m in messages]
+        first = self.first_answer(messages)
         before = sum(part["type"] == "image" for m in messages[:first] for part in m["content"])
-        return len(images), sum(n_bytes), first, before, sum(n_bytes[:first])
+        return len(images), sum(n_bytes), before, first, sum(n_bytes[:first])
+
+    def _longest_prompt(self, n_images: Tensor, n_turns: Tensor, n_bytes: Tensor) -> Tensor:
+        """At least as many tokens as a prompt of these sizes can have: a token has at least one byte, and the
+        template adds less than 16 tokens to a turn and 2 to an image. A caption's prompt is its images.
+        """
+        text = 16 * (n_turns + 1) + n_bytes
+        return n_images * (self.encoder.n_visual + 2) + text * (not self.encoder.caption_only)
 
     def sample(self, i: int) -> tuple[str, list[list[dict]], list[str]]:
-        """(its name, conversations, image paths) of sample `i` of the index, read from the data file."""
+        """(its name, conversations, image paths) of sample `i` of the index, read from the disk."""
         where, record = self.index.read(i)
         return f"{where} (id {record.get('id')})", *self.check(where, record)
 
@@ -178,14 +185,14 @@ class LlavaData(Dataset):
         messages, images = check_sample(where, record, self.image_root)
         return [messages], images
 
-    def answer(self, messages: list[dict]) -> int:
-        """The number of the first answer that is learned from."""
+    def first_answer(self, messages: list[dict]) -> int:
+        """The number of the first turn that is learned from."""
         return next(k for k, m in enumerate(messages) if m["role"] == "assistant")
 
     def code(self, messages: list[dict]) -> tuple[list[int], list[int], int]:
         return self.encoder(messages)
 
-    def fits(self, messages: list[dict]) -> bool:
+    def has_answer(self, messages: list[dict]) -> bool:
         """Whether at least one token of the answer fits into `max_len`."""
         return any(label != IGNORE for label in self.encoder(messages)[1])
 
@@ -202,15 +209,13 @@ class LlavaData(Dataset):
                 for p in self.image_processors
             ]
         except InputError as error:
-            # One token without a label keeps the batch's shape; `Run.count` stops or counts the sample.
+            # One token without a label keeps the batch's shape; `check_samples` counts it.
             rows = [([self.encoder.tokenizer.eos_token_id], [IGNORE], 0)] * len(rows)
             return {"name": name, "rows": rows, "pixels": [None], "bad": str(error)}
         return {"name": name, "rows": rows, "pixels": pixels, "bad": None}
 
     def collate(self, samples: list[dict]) -> Batch:
-        rows = [
-            row for same in zip(*(s["rows"] for s in samples)) for row in same
-        ]  # first conversations first
+        rows = [row for conversation in zip(*(s["rows"] for s in samples)) for row in conversation]
         length = max(len(ids) for ids, _, _ in rows)
         input_ids = torch.full((len(rows), length), self.encoder.tokenizer.pad_token_id)
         labels = torch.full_like(input_ids, IGNORE)
@@ -241,10 +246,10 @@ class PreferenceData(LlavaData):
     def check(self, where: str, record: object) -> tuple[list[list[dict]], list[str]]:
         return check_pair(where, record, self.image_root)
 
-    def answer(self, messages: list[dict]) -> int:
+    def first_answer(self, messages: list[dict]) -> int:
         return len(messages) - 1
 
-    def fits(self, messages: list[dict]) -> bool:
+    def has_answer(self, messages: list[dict]) -> bool:
         labels = self.code(messages, max_len=sys.maxsize)[1]
         return any(label != IGNORE for label in labels[: self.encoder.max_len])
 
@@ -252,6 +257,9 @@ class PreferenceData(LlavaData):
         ids, labels, n_images = self.encoder(messages, max_len)
         given = max((k for k, label in enumerate(labels) if label == IGNORE), default=-1)
         return ids, [IGNORE] * (given + 1) + labels[given + 1 :], n_images
+
+
+# ---------------------------------------------------------------------------------- the order of samples
 
 
 def schedule(data: LlavaData, args: argparse.Namespace) -> list[list[int]]:
@@ -286,10 +294,15 @@ def global_batches(data: LlavaData, size: int, seed: str, group_by_modality: boo
     return [sorted(batch, key=data.lengths.__getitem__, reverse=True) for batch in batches]
 
 
-def micro_batches(data: LlavaData, steps: list[list[int]], run: Run) -> Iterator[Batch]:
-    """This rank's micro-batches, `run.accumulation` a step; all ranks get similar lengths."""
-    size, stride = run.args.micro_batch, run.args.micro_batch * run.world
-    mine = [batch[k + run.rank * size :][:size] for batch in steps for k in range(0, len(batch), stride)]
-    return iter(DataLoader(data, batch_sampler=mine, collate_fn=data.collate, num_workers=run.args.workers,
-                           worker_init_fn=ignore_signals, generator=torch.Generator(),
-                           pin_memory=run.device.type == "cuda"))  # fmt: skip
+def micro_batches(
+    data: LlavaData, steps: list[list[int]], first: int, run: Run
+) -> Iterator[tuple[int, list[Batch]]]:
+    """(step, this rank's micro-batches) from step `first` on; all ranks get similar lengths."""
+    size, stride, rank = run.args.micro_batch, run.args.micro_batch * run.ranks.world, run.ranks.rank
+    mine = [batch[k + rank * size :][:size] for batch in steps[first:] for k in range(0, len(batch), stride)]
+    loader = iter(DataLoader(
+        data, batch_sampler=mine, collate_fn=data.collate, pin_memory=run.ranks.device.type == "cuda",
+        num_workers=run.args.workers, worker_init_fn=ignore_signals, generator=torch.Generator(),
+    ))  # fmt: skip
+    for step in range(first, len(steps)):
+        yield step, [next(loader) for _ in range(run.accumulation)]

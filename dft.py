@@ -1,7 +1,7 @@
 """Distilled Fine-Tuning: the third stage of LLaVA-KD (§3.3.2, Eq. 7, arXiv 2410.16236v1).
 
 Trained: projector and LLM of the student. Frozen: vision tower, and the whole teacher.
-Departures: the sums over tokens in Eqs. 2-3 are means over the rows of the global batch.
+Departures: the sums over tokens in Eqs. 2 and 3 are means over the rows of the global batch.
 
     torchrun --nproc_per_node 8 dft.py --student out/sft --teacher TEACHER \\
         --data llava_v1_5_mix665k.json --images IMAGES --out out/dft
@@ -11,12 +11,14 @@ import argparse
 
 import torch
 
-from common import Run, set_lr
-from data import Encoder, LlavaData, micro_batches, schedule
-from flags import add_flags, add_training_flags, cli, new_parser
-from fused import Head, gram, token_losses, visual_relation
-from losses import autoregressive_loss, dft_objective, prompt_kl, response_kl, visual_kl
-from model import Llava
+from data import Encoder, LlavaData, count_rows, micro_batches, schedule
+from losses import autoregressive_loss, prompt_kl, relation_loss, response_kl, self_correlation, visual_kl
+from model import Llava, load_teacher
+from support.chunks import gram, over_rows
+from support.flags import add_distillation_flags, add_flags, add_training_flags, cli, new_parser
+from support.ranks import process_group
+from support.run import all_finite, begin, check_samples, open_run, precision, save_student, set_lr, write_log
+from support.state import load_state, save_state_if_due, stop_if_asked
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -25,107 +27,86 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_flags(parser, "models", [
         ("--student", str, ..., "LLaVA checkpoint to train, hub name or folder"),
         ("--teacher", str, ..., "LLaVA checkpoint to learn from, hub name or folder"),
-        ("--teacher_dtype", ("auto", "bf16", "fp32"), "auto", "of the teacher's weights; auto: as --dtype"),
-    ])
-    add_flags(parser, "objective", [
-        ("--targets", ["response", "visual", "prompt"], ["response", "visual"],
-         "rows whose distribution is distilled, MDist; KD Table 4"),
-        ("--alpha", float, 1.0, "weight of L_res; KD §4.1"),
-        ("--beta", float, 1.0, "weight of L_vis; KD §4.1"),
-        ("--gamma", float, 0.5, "weight of L_rel, RDist, 0: off; KD §4.1"),
-        ("--relation", ("matrix", "columns"), "matrix", "L_rel of R whole, KD Eq. 5; by column, CKD Eq. 6"),
-        ("--delta", float, 1.0, "weight of the prompt's KL, if it is a target"),
     ])
     # fmt: on
+    add_distillation_flags(parser, gamma=0.5, relation="matrix", source="KD §4.1")
     add_training_flags(parser, lr=2e-5, batch=128, source="KD §4.1, 16 a GPU x 8")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    weights = {"response": args.alpha, "visual": args.beta, "prompt": args.delta}
-    alpha, beta, delta = (w * (target in args.targets) for target, w in weights.items())
-    columns = args.relation == "columns"
-    with Run(args, "dft") as run:
+    with process_group() as ranks:
+        run = open_run(args, "dft", ranks, __file__)
         if run.finished:
             return
+        torch.manual_seed(args.seed)
 
         # ---- models, and what is trained
-        student = Llava.from_checkpoint(args.student).to(run.device)
-        teacher = Llava.from_checkpoint(args.teacher, run.dtype_of(args.teacher_dtype)).to(run.device).eval()
-        student.check_teacher(teacher)
-        shared = student.share_encoder(teacher)
+        student = Llava.from_checkpoint(args.student).to(ranks.device)
+        teacher = load_teacher(args.teacher, student, precision(args.teacher_dtype, run.dtype))
         student.requires_grad_(True).vision_tower.requires_grad_(False)
-        teacher.requires_grad_(False)
-        n_common = min(len(student.lm_head.weight), len(teacher.lm_head.weight))  # ids that both heads have
-        gram_s = gram_t = None
-        if args.gamma:
-            gram_t = gram(teacher.lm_head.weight[:n_common])
         trained = [p for p in student.parameters() if p.requires_grad]
         if args.gradient_checkpointing:
-            student.language_model.activation_checkpointing_enable({"use_reentrant": False})
-        ddp = run.parallel(student.train())
+            student.checkpoint_activations()
+        forward = ranks.data_parallel(student.train())
 
-        # ---- data
-        n_patches = student.n_visual_tokens
-        encoder = Encoder(student.processor, n_patches, args.max_len)
-        processors = [student.processor] if shared else [student.processor, teacher.processor]
+        # ---- data, optimizer, and where an interrupted run was
+        encoder = Encoder(student.processor, student.n_visual_tokens, args.max_len)
+        processors = [model.processor for model in (student, teacher) if model.vision_tower]
         data = LlavaData(args.data, args.images, encoder, processors, args.skip_bad)
         steps = schedule(data, args)
+        optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+        first = load_state(run, student, optimizer)
+        begin(run, student, data, len(steps), first)
 
         # ---- the loop
-        optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-        first = run.start(
-            student, optimizer, len(steps), data, f"teacher {args.teacher}" + ", encoder shared" * shared
-        )
-        batches = micro_batches(data, steps[first:], run)
-        for step in range(first, len(steps)):
+        ranks.catch_signals()
+        weights = zip(("response", "visual", "prompt"), (args.alpha, args.beta, args.delta))
+        alpha, beta, delta = (weight if target in args.targets else 0 for target, weight in weights)
+        w_s, w_t = student.lm_head.weight, teacher.lm_head.weight  # (V_s, D_s), (V_t, D_t)
+        gram_t = gram(w_t, w_s) if args.gamma else None  # (D_t, D_t)
+        for step, micros in micro_batches(data, steps, first, run):
             lr = set_lr(optimizer, step, len(steps), args.lr, args.warmup)
-            micros = [next(batches) for _ in range(run.accumulation)]
-            n = run.count(micros, n_patches)
-            if args.gamma:
-                gram_s = gram(student.lm_head.weight[:n_common])  # of this step's head
+            n = count_rows(micros, ranks)  # rows of each kind in the global batch
+            check_samples(run, micros, n.bad)
+            gram_s = gram(w_s, w_t) if args.gamma else None  # (D_s, D_s)
             losses = []
-            for k, batch in enumerate(micros):
-                with run.sync(ddp, last=k == run.accumulation - 1):
-                    batch = batch.to(run.device)
-                    with run.autocast():
-                        z = student.encode_images(batch.pixel_values)  # (n, Np, C)
-                        h_s = ddp(batch.input_ids, batch.attention_mask, z)  # (B, T, D_s)
-                        with torch.inference_mode():
-                            z_t = z if shared else teacher.encode_images(batch.teacher_pixel_values)
-                            h_t = teacher(batch.input_ids, batch.attention_mask, z_t)  # (B, T, D_t)
+            for k, batch in enumerate(micros, 1):
+                batch = batch.to(ranks.device)
+                with ranks.exchange_gradients(now=k == len(micros)), run.autocast():
+                    z = student.encode_images(batch.pixel_values)  # (n, Np, C)
+                    h_s = forward(batch.input_ids, batch.attention_mask, z)  # (B, T, D_s)
+                    with torch.no_grad():
+                        z_t = teacher.encode_images(batch.teacher_pixels) if teacher.vision_tower else z
+                        h_t = teacher(batch.input_ids, batch.attention_mask, z_t)  # (B, T, D_t)
 
-                    # ---- Eq. (7), on the rows that some loss reads; by 1 / n the losses are global means
-                    read = batch.response | batch.visual * bool(beta) | batch.prompt * bool(delta)  # (B, T)
-                    s = Head(h_s[read].to(run.dtype), student.lm_head.weight)  # N rows
-                    t = Head(h_t[read].to(teacher.lm_head.weight.dtype), teacher.lm_head.weight)
-                    w_res = batch.response[read] / n.response  # (N,)
-                    w_vis = bool(beta) * batch.visual[read] / n.visual
-                    w_prompt = batch.prompt[read] / n.prompt
-                    l_reg, l_res, l_vis, l_prompt, *g_s = token_losses(s, [
-                        (autoregressive_loss, batch.targets[read], w_res, 1.0),
-                        (response_kl, t, w_res, alpha),
-                        (visual_kl, t, w_vis, beta),
-                        (prompt_kl, t, w_prompt, delta),
-                    ], gram_s)  # fmt: skip
-                    l_rel = h_s.new_zeros(())
-                    if args.gamma:
-                        per_image = (len(z), n_patches)  # (n, Np)
-                        y_s, y_t = (h[batch.visual].unflatten(0, per_image) for h in (h_s, h_t))
-                        l_rel = visual_relation(y_s, *g_s, y_t, gram_t, weights=1 / n.images, columns=columns)
-                    loss = (
-                        dft_objective(l_reg, l_res, l_vis, l_rel, alpha, beta, args.gamma) + delta * l_prompt
-                    )
-                    loss.backward()
-                terms = {"l_reg": l_reg, "l_res": l_res, "l_vis": l_vis, "l_rel": l_rel, "l_prompt": l_prompt}
+                # ---- Eq. (7). Rows hold log phi_s, log phi_l (N, V) and the next token y (N,)
+                def objective(response, visual, prompt):
+                    l_reg = autoregressive_loss(response.log_s, response.y, 1 / n.response)
+                    l_res = response_kl(response.log_s, response.log_t, 1 / n.response)
+                    l_vis = visual_kl(visual.log_s, visual.log_t, 1 / n.visual)
+                    l_prompt = prompt_kl(prompt.log_s, prompt.log_t, 1 / n.prompt)
+                    loss = l_reg + alpha * l_res + beta * l_vis + delta * l_prompt
+                    return loss, {"l_reg": l_reg, "l_res": l_res, "l_vis": l_vis, "l_prompt": l_prompt}
+
+                kinds = [batch.response, batch.visual if beta else None, batch.prompt if delta else None]
+                loss, terms = over_rows(objective, kinds, batch.targets, (h_s.to(run.dtype), w_s), (h_t, w_t))
+                if args.gamma:
+                    y_s, y_t = (h[batch.visual].unflatten(0, z.shape[:2]) for h in (h_s, h_t))  # (n, Np, D)
+                    r_s, r_t = self_correlation(y_s, gram_s), self_correlation(y_t, gram_t)  # Eq. (4)
+                    l_rel = relation_loss(r_s, r_t, 1 / n.images, args.relation == "columns")  # Eq. (5)
+                    loss, terms = loss + args.gamma * l_rel, terms | {"l_rel": l_rel}
+                (ranks.world * loss).backward()  # DDP divides by the number of ranks
                 losses.append({"loss": loss} | terms)
-            norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
-            if run.sound(step, losses, norm, micros):
+            grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+            if all_finite(run, step, losses, grad_norm, micros):
                 optimizer.step()
-            optimizer.zero_grad()
-            run.log(step, lr, losses, n.tokens, norm)
-        run.finish(student)
+            optimizer.zero_grad(set_to_none=ranks.world == 1)  # DDP keeps gradients where they are
+            write_log(run, step, lr, losses, grad_norm, n.tokens)
+            save_state_if_due(run, step, student, optimizer)
+            stop_if_asked(run, step, student, optimizer)
+        save_student(run, student)
 
 
 if __name__ == "__main__":

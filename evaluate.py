@@ -21,9 +21,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from flags import InputError, add_flags, cli, natural, new_parser, positive
-from metrics import METRICS, read_vocabulary
-from records import IMAGE_TOKEN, check_images, load_image, load_stock, read_records
+from support.checks import IMAGE_TOKEN, check_images, load_image, load_stock
+from support.flags import InputError, add_flags, cli, natural, new_parser, positive
+from support.index import records
+from support.metrics import METRICS, read_vocabulary
 
 # ---------------------------------------------------------------------------------- questions and answers
 
@@ -31,7 +32,7 @@ from records import IMAGE_TOKEN, check_images, load_image, load_stock, read_reco
 def read_questions(path: str, image_root: str, reference: str | None) -> list[dict]:
     """Checked questions; every one has the field `reference`, if a metric needs one. `images` is a list."""
     questions = []
-    for where, q in read_records(path):
+    for where, q in records(path):
         if not isinstance(q, dict) or not isinstance(q.get("text"), str):
             raise InputError(f"{where} is not a question: it needs 'text' (a string)")
         if reference and reference not in q:

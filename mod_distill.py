@@ -1,29 +1,40 @@
 """LLaVA-MoD: mimic and preference distillation (§3.2, Eqs. 6-8, arXiv 2408.15881), one step a run.
 
     d2d  the dense student learns the teacher's distribution of the answers; projector and LLM are trained
-    d2s  its FFNs become experts; Eq. (1) joins the KL; experts, routers and projector are trained
-    pd   of two answers it learns to prefer the better one more than the teacher does; the same are trained
+    d2s  its FFNs become experts, and Eq. (1) joins the KL; experts, routers and projector are trained
+    pd   it learns to prefer the better of two answers, more than the teacher does; the same are trained
 
 The initialisation before them (Eq. 5) is dpt.py without --teacher.
-Departures: the expectations over tokens in Eqs. 6-7 are means over the rows of the global batch.
+Departures: Eqs. 6 and 7 print a minus before the KL, which would drive the student away from the teacher;
+here it is minimised. Expectations over tokens are means over the rows of the global batch.
 
     torchrun --nproc_per_node 8 mod_distill.py --step d2s --student out/d2d --teacher TEACHER \\
         --data multitask.json --images IMAGES --out out/d2s
 """
 
 import argparse
+from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from common import Counts, Run, set_lr
-from data import Batch, Encoder, LlavaData, PreferenceData, micro_batches, schedule
-from flags import InputError, add_flags, add_training_flags, cli, new_parser, positive
-from fused import Head, log_probabilities, token_losses
-from losses import autoregressive_loss, d2s_objective, dpo_loss, kl_baseline, kto_loss, response_kl
-from model import Llava
-from moe import balance, is_sparse, prepare, route, sparsify
+from data import Batch, Counts, Encoder, LlavaData, PreferenceData, count_rows, micro_batches, schedule
+from losses import (
+    autoregressive_loss,
+    dpo_loss,
+    kl_baseline,
+    kto_loss,
+    log_probability,
+    prompt_kl,
+    response_kl,
+)
+from model import Llava, load_teacher
+from moe import balance, expert_load, is_sparse, prepare, route, routers_and_experts, sparsify
+from support.chunks import Head, over_rows, values_of_rows
+from support.flags import InputError, add_flags, add_training_flags, cli, new_parser, positive
+from support.ranks import process_group
+from support.run import all_finite, begin, check_samples, open_run, precision, save_student, set_lr, write_log
+from support.state import load_state, save_state_if_due, stop_if_asked
 
 STEPS = ("d2d", "d2s", "pd")
 MIMIC, SPARSE = ("d2d", "d2s"), ("d2s", "pd")
@@ -38,12 +49,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_flags(parser, "models", [
         ("--step", STEPS, ..., "d2d and d2s: mimic distillation; pd: preference distillation"),
         ("--student", str, ..., "LLaVA checkpoint to train, hub name or folder; dense for d2d and d2s"),
-        ("--teacher", str, None, "LLaVA checkpoint to learn from, hub name or folder; needless with --kl 0"),
+        ("--teacher", str, None, "LLaVA checkpoint to learn from, hub name or folder; none with --kl 0"),
         ("--teacher_dtype", ("auto", "bf16", "fp32"), "auto", "of the teacher's weights; auto: as --dtype"),
     ])
     only = {MIMIC: [
         ("--distill", ("response", "response+instruction"), "response", "rows of the KL; MoD Table 7"),
-        ("--kl", float, 1.0, "weight of the KL, 0: none, with no teacher; MoD Eqs. 6, 7"),
+        ("--kl", float, 1.0, "weight of the KL, 0: none, and no teacher; MoD Eqs. 6, 7"),
         ("--ar", float, float(step == "d2s"), "weight of Eq. (1); MoD Eqs. 6, 7: 0 in d2d, 1 in d2s"),
     ], ("d2s",): [
         ("--experts", positive, 4, "copies of each FFN; MoD §4.1"),
@@ -75,134 +86,155 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     sparse, preference = args.step in SPARSE, args.step == "pd"
-    with Run(args, args.step) as run:
+    with process_group() as ranks:
+        run = open_run(args, args.step, ranks, __file__)
         if run.finished:
             return
+        torch.manual_seed(args.seed)
 
         # ---- models, and what is trained
         student = Llava.from_checkpoint(args.student)
-        if is_sparse(student) and not preference:
-            raise InputError(
-                f"{args.student} is sparse already: --step {args.step} begins with a dense student"
-            )
-        if preference and not is_sparse(student):
-            raise InputError(f"{args.student} is dense: --step pd goes on from --step d2s, run that first")
+        check_form(student, args)
         if args.step == "d2s":
             sparsify(student, args.experts, args.top_k, args.moe_layers, args.renormalise)
-        student.to(run.device).requires_grad_(not sparse).vision_tower.requires_grad_(False)
+        student.to(ranks.device).requires_grad_(not sparse).vision_tower.requires_grad_(False)
         student.multi_modal_projector.requires_grad_(True)
         if sparse:
             prepare(student, args.router)
-            for layer in student.language_model.layers:
-                for part in (getattr(layer.mlp, name, None) for name in ("experts", "gate")):
-                    if part is not None:
-                        part.requires_grad_(True)
-        teacher, shared = None, True
+            for part in routers_and_experts(student):
+                part.requires_grad_(True)
+        teacher = None
         if args.teacher:
-            teacher = Llava.from_checkpoint(args.teacher, run.dtype_of(args.teacher_dtype))
-            teacher.to(run.device).eval().requires_grad_(False)
-            student.check_teacher(teacher)
-            shared = student.share_encoder(teacher)
+            teacher = load_teacher(args.teacher, student, precision(args.teacher_dtype, run.dtype))
         trained = [p for p in student.parameters() if p.requires_grad]
         if args.gradient_checkpointing:
-            student.language_model.activation_checkpointing_enable({"use_reentrant": False})
-        ddp = run.parallel(student.train())
-        torch.manual_seed(args.seed + run.rank)  # router noise of its own on every rank
+            student.checkpoint_activations()
+        forward = ranks.data_parallel(student.train())
+        torch.manual_seed(args.seed + ranks.rank)  # router noise of its own on every rank
 
-        # ---- data
-        n_patches = student.n_visual_tokens
-        encoder = Encoder(student.processor, n_patches, args.max_len)
-        processors = [student.processor] if shared else [student.processor, teacher.processor]
+        # ---- data, optimizer, and where an interrupted run was
+        encoder = Encoder(student.processor, student.n_visual_tokens, args.max_len)
+        processors = [model.processor for model in (student, teacher) if model and model.vision_tower]
         dataset = PreferenceData if preference else LlavaData
         data = dataset(args.data, args.images, encoder, processors, args.skip_bad)
         steps = schedule(data, args)
-
-        # ---- the loop
         optimizer = torch.optim.AdamW(
             trained, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.98), fused=True
         )  # betas: MoD Table 10
-        note = f"teacher {args.teacher}" + ", encoder shared" * shared if teacher else ""
-        first = run.start(student, optimizer, len(steps), data, note)
-        batches = micro_batches(data, steps[first:], run)
-        for step in range(first, len(steps)):
+        first = load_state(run, student, optimizer)
+        begin(run, student, data, len(steps), first)
+
+        # ---- the loop
+        ranks.catch_signals()
+        w_s, w_t = student.lm_head.weight, teacher.lm_head.weight if teacher else None  # (V, D)
+
+        def passes(
+            batch: Batch, forward: Callable[..., Tensor]
+        ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+            """Hidden states (B, T, D) of student and teacher, and the log-ratios of pairs (2, B)."""
+            with run.autocast():
+                answers = (2, 1, 1) if preference else (1, 1, 1)  # that see one image
+                z = student.encode_images(batch.pixel_values).repeat(answers)  # (n, Np, C)
+                route(student, batch.attention_mask)
+                h_s, h_t = forward(batch.input_ids, batch.attention_mask, z), None
+                if teacher:
+                    with torch.no_grad():
+                        if teacher.vision_tower:
+                            z = teacher.encode_images(batch.teacher_pixels).repeat(answers)
+                        h_t = teacher(batch.input_ids, batch.attention_mask, z)
+            h_s = h_s.to(run.dtype)
+            return h_s, h_t, log_ratios(batch, (h_s, w_s), (h_t, w_t)) if preference else None
+
+        def sums(ratios: Tensor | None) -> Tensor:
+            """Of the batch just passed: its summed log-ratios (2,), then the tokens that each expert got."""
+            of_pairs = torch.zeros(2, device=ranks.device) if ratios is None else ratios.detach().sum(1)
+            return torch.cat([of_pairs.double(), expert_load(student).flatten()])
+
+        for step, micros in micro_batches(data, steps, first, run):
             lr = set_lr(optimizer, step, len(steps), args.lr, args.warmup)
-            micros = [next(batches) for _ in range(run.accumulation)]
-            n = run.count(micros, n_patches)
-            losses = []
-            for k, batch in enumerate(micros):
-                with run.sync(ddp, last=k == run.accumulation - 1):
-                    batch = batch.to(run.device)
-                    both = (2, 1, 1) if preference else (1, 1, 1)  # a pair's two answers see one image
-                    with run.autocast():
-                        z = student.encode_images(batch.pixel_values).repeat(both)  # (n, Np, C)
-                        route(student, batch.attention_mask)
-                        h_s = ddp(batch.input_ids, batch.attention_mask, z)  # (B, T, D_s)
-                        h_t = None
-                        if teacher:
-                            with torch.inference_mode():
-                                z_t = (
-                                    z
-                                    if shared
-                                    else teacher.encode_images(batch.teacher_pixel_values).repeat(both)
-                                )
-                                h_t = teacher(batch.input_ids, batch.attention_mask, z_t)  # (B, T, D_t)
-                    of_step = preference_loss if preference else mimic_loss
-                    loss, terms = of_step(args, run, student, teacher, batch, h_s, h_t, n)
-                    if sparse:
-                        l_bal, load = balance(student, n.tokens / run.world)
-                        loss = loss + args.balance * l_bal
-                        terms |= {"l_bal": l_bal}
-                        for e, share in enumerate(load.mean(0) / run.accumulation):  # over the sparse layers
-                            terms[f"expert_{e}"] = share
-                    loss.backward()
+            n = count_rows(micros, ranks)  # rows of each kind in the global batch
+            check_samples(run, micros, n.bad)
+            losses, whole = [], None  # whole: `sums` over the global batch, which some losses must know
+            if sparse and len(micros) > 1:
+                with torch.no_grad(), torch.random.fork_rng():  # router noise will be the same again below
+                    ahead = (passes(batch.to(ranks.device), student)[2] for batch in micros)
+                    whole = ranks.sum(sum(sums(ratios) for ratios in ahead))
+            for k, batch in enumerate(micros, 1):
+                batch = batch.to(ranks.device)
+                with ranks.exchange_gradients(now=k == len(micros)):
+                    h_s, h_t, ratios = passes(batch, forward)
+                if sparse and whole is None:
+                    whole = ranks.sum(sums(ratios))
+                if preference:
+                    loss, terms = preference_loss(args, ratios, whole[:2], batch, n)
+                else:
+                    loss, terms = mimic_loss(args, batch, (h_s, w_s), (h_t, w_t) if teacher else None, n)
+                if sparse:
+                    load = whole[2:].view(-1, student.config.text_config.num_experts)  # (sparse layers, E)
+                    load = load / load.sum(1, keepdim=True)
+                    l_bal = balance(student, load, n.tokens)
+                    loss, terms = loss + args.balance * l_bal, terms | {"l_bal": l_bal}
+                    for e, share in enumerate(load.mean(0) / (ranks.world * len(micros))):
+                        terms[f"expert_{e}"] = share
+                (ranks.world * loss).backward()  # DDP divides by the number of ranks
                 losses.append({"loss": loss} | terms)
-            norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
-            if run.sound(step, losses, norm, micros):
+            grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+            if all_finite(run, step, losses, grad_norm, micros):
                 optimizer.step()
-            optimizer.zero_grad()
-            run.log(step, lr, losses, n.tokens, norm)
-        run.finish(student)
+            optimizer.zero_grad(set_to_none=ranks.world == 1)  # DDP keeps gradients where they are
+            write_log(run, step, lr, losses, grad_norm, n.tokens)
+            save_state_if_due(run, step, student, optimizer)
+            stop_if_asked(run, step, student, optimizer)
+        save_student(run, student)
+
+
+def check_form(student: Llava, args: argparse.Namespace) -> None:
+    """Refuse a sparse student for mimic distillation, and a dense one for preference distillation."""
+    if is_sparse(student) and args.step in MIMIC:
+        raise InputError(f"{args.student} is sparse already: --step {args.step} begins with a dense student")
+    if not is_sparse(student) and args.step == "pd":
+        raise InputError(f"{args.student} is dense: --step pd goes on from --step d2s, run that first")
+
+
+def log_ratios(batch: Batch, student: Head, teacher: Head) -> Tensor:
+    """log pi_S(y|x) - log pi_T(y|x) of chosen and rejected answers (2, B), summed over their tokens."""
+    of_rows = values_of_rows(log_probability, batch.response, batch.targets, student)  # (N,)
+    with torch.no_grad():
+        of_rows_t = values_of_rows(log_probability, batch.response, batch.targets, teacher)
+    answer = batch.response.nonzero()[:, 0]  # (N,) that a row belongs to
+    return of_rows.new_zeros(len(batch.labels)).index_add(0, answer, of_rows - of_rows_t).view(2, -1)
 
 
 def mimic_loss(
-    args: argparse.Namespace, run: Run, student: Llava, teacher: Llava | None,
-    batch: Batch, h_s: Tensor, h_t: Tensor | None, n: Counts,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Eqs. (6) and (7), on the rows that some loss reads; by 1 / n the losses are global means."""
-    instruction = args.distill == "response+instruction" and teacher is not None
-    read = batch.response | batch.prompt * instruction  # (B, T)
-    s = Head(h_s[read].to(run.dtype), student.lm_head.weight)  # N rows
-    w_ar = batch.response[read] / n.response  # (N,)
-    terms = [(autoregressive_loss, batch.targets[read], w_ar, args.ar)]
-    if teacher is not None:
-        t = Head(h_t[read].to(teacher.lm_head.weight.dtype), teacher.lm_head.weight)
-        w_kl = read[read] / (n.response + n.prompt * instruction)
-        terms.append((response_kl, t, w_kl, args.kl))
-    l_ar, *l_kl = token_losses(s, terms)
-    if not l_kl:
-        return args.ar * l_ar, {"l_ar": l_ar}
-    return d2s_objective(args.ar * l_ar, args.kl * l_kl[0]), {"l_ar": l_ar, "l_kl": l_kl[0]}
+    args: argparse.Namespace, batch: Batch, student: Head, teacher: Head | None, n: Counts
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L_D2D = KL and L_D2S = L_ar + KL                  Eqs. (6) and (7), arXiv 2408.15881"""
+    instruction = teacher is not None and args.distill == "response+instruction"
+    n_kl = n.response + n.prompt * instruction  # rows of the KL
+
+    def objective(response, prompt):
+        l_ar = autoregressive_loss(response.log_s, response.y, 1 / n.response)
+        if teacher is None:
+            return args.ar * l_ar, {"l_ar": l_ar}
+        l_kl = response_kl(response.log_s, response.log_t, 1 / n_kl)
+        l_kl = l_kl + prompt_kl(prompt.log_s, prompt.log_t, 1 / n_kl)
+        return args.ar * l_ar + args.kl * l_kl, {"l_ar": l_ar, "l_kl": l_kl}
+
+    kinds = [batch.response, batch.prompt if instruction else None]
+    return over_rows(objective, kinds, batch.targets, student, teacher)
 
 
 def preference_loss(
-    args: argparse.Namespace, run: Run, student: Llava, teacher: Llava,
-    batch: Batch, h_s: Tensor, h_t: Tensor, n: Counts,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Eq. (8) or KTO, the teacher being the reference; the global batch's mean over pairs."""
-    read, y = batch.response, batch.targets[batch.response]  # (2B, T), (N,)
-    answer = read.nonzero()[:, 0]  # (N,), the answer that a row belongs to
-    row_log_p = log_probabilities(Head(h_s[read].to(run.dtype), student.lm_head.weight), y)
-    with torch.no_grad():
-        t = Head(h_t[read].to(teacher.lm_head.weight.dtype), teacher.lm_head.weight)
-        row_log_p_t = log_probabilities(t, y)
-    ratio = row_log_p.new_zeros(len(read)).index_add(0, answer, row_log_p - row_log_p_t)
-    chosen, rejected = ratio.chunk(2)  # (B,) log pi_S(y|x) / pi_T(y|x), summed over the answer
+    args: argparse.Namespace, ratios: Tensor, ratio_sums: Tensor, batch: Batch, n: Counts
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. (8) or KTO, the teacher being the reference; the mean over the pairs of the global batch.
 
-    there = read.any(1).chunk(2)[0]  # (B,), False for a pair whose image could not be read
-    weights = there * run.world / (args.global_batch - n.bad)  # of the pairs in the global mean
-    sums = torch.stack([chosen.detach().sum(), rejected.detach().sum(), there.sum()])
-    dist.all_reduce(sums)  # of the micro-batches of all ranks
-    chosen_kl, rejected_kl = (kl_baseline(ratio_sum / sums[2].clamp_min(1)) for ratio_sum in sums[:2])
+    ratios      (2, B)  log pi_S(y|x) / pi_T(y|x) of chosen and rejected answers
+    ratio_sums  (2,)    their sums over the global batch
+    """
+    n_pairs = args.global_batch - n.bad
+    weights = batch.response.any(1).chunk(2)[0] / n_pairs  # (B,), 0 for a pair whose image could not be read
+    (chosen, rejected), (chosen_kl, rejected_kl) = ratios, kl_baseline(ratio_sums / n_pairs).to(ratios)
     if args.po == "kto":
         loss = kto_loss(chosen, rejected, chosen_kl, rejected_kl, args.beta, weights)
         inner = torch.stack([chosen - rejected_kl, chosen_kl - rejected])

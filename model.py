@@ -11,6 +11,7 @@ reads any checkpoint in that format. What is frozen is decided by the stage scri
 
 from __future__ import annotations
 
+import argparse
 import copy
 from pathlib import Path
 
@@ -20,8 +21,8 @@ import transformers as hf
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
-from flags import InputError
-from records import IMAGE_TOKEN, complete, load_stock, loading
+from support.checks import IMAGE_TOKEN, complete, load_stock, loading
+from support.flags import InputError
 
 # One template for training masks, generation and every outside tool. The answer's leading space is inside
 # the generation block: with "ASSISTANT: " a BPE would merge that space into the first answer token in
@@ -144,6 +145,10 @@ class Llava(nn.Module):
         out = self.language_model(inputs_embeds=h, attention_mask=attention_mask, use_cache=False)
         return out.last_hidden_state
 
+    def checkpoint_activations(self) -> None:
+        """From now on the language model's layers are computed again in the backward pass, to save memory."""
+        self.language_model.activation_checkpointing_enable({"use_reentrant": False})
+
     # ------------------------------------------------------------------ teacher and student together
 
     def check_teacher(self, teacher: Llava) -> None:
@@ -167,19 +172,16 @@ class Llava(nn.Module):
                 "for the teacher: both must see the same sequence. Take vision towers with as many patches"
             )
 
-    def share_encoder(self, teacher: Llava) -> bool:
-        """If `teacher` computes the same features Z_v, drop its tower: one pass serves both."""
+    def sees_like(self, teacher: Llava) -> bool:
+        """Whether both turn an image into the same features Z_v."""
         a, b = self.vision_tower.state_dict(), teacher.vision_tower.state_dict()
-        same = (
+        return (
             self.processor.image_processor.to_dict() == teacher.processor.image_processor.to_dict()
             and self.config.vision_feature_layer == teacher.config.vision_feature_layer
             and self.config.vision_feature_select_strategy == teacher.config.vision_feature_select_strategy
             and a.keys() == b.keys()
             and all(a[k].shape == b[k].shape and torch.equal(a[k].to(b[k].dtype), b[k]) for k in a)
         )
-        if same:
-            teacher.vision_tower = None
-        return same
 
     # ------------------------------------------------------------------ where it goes
 
@@ -209,6 +211,36 @@ class Llava(nn.Module):
         ends = self.processor.tokenizer.eos_token_id, self.processor.tokenizer.pad_token_id
         hf.GenerationConfig(eos_token_id=ends[0], pad_token_id=ends[1]).save_pretrained(out)
         self.processor.save_pretrained(out)
+
+
+def load_teacher(path: str, student: Llava, dtype: torch.dtype) -> Llava:
+    """A frozen teacher on the student's device, checked against the student.
+
+    It has no vision tower if it sees like the student: then one pass through the student's serves both.
+    """
+    device = student.lm_head.weight.device
+    teacher = Llava.from_checkpoint(path, dtype).to(device).eval().requires_grad_(False)
+    student.check_teacher(teacher)
+    if student.sees_like(teacher):
+        teacher.vision_tower = None
+    return teacher
+
+
+def new_student(args: argparse.Namespace) -> Llava:
+    """The checkpoint --student, or a new model from the parts --vision and --llm."""
+    return Llava.from_checkpoint(args.student) if args.student else Llava.from_parts(args.vision, args.llm)
+
+
+def check_teachers(args: argparse.Namespace) -> None:
+    """Refuse all of --teachers that the student cannot learn from, before any of them is loaded whole."""
+    student, problems = new_student(args), []
+    for path in args.teachers:
+        try:
+            student.check_teacher(Llava.from_checkpoint(path, weights=False))
+        except InputError as error:
+            problems.append(f"{path}: {error}")
+    if problems:
+        raise InputError("; ".join(problems))
 
 
 class Projector(nn.Module):

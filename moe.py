@@ -13,15 +13,14 @@ from __future__ import annotations
 import copy
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import transformers as hf
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.qwen2_moe import modeling_qwen2_moe as stock
 
-from flags import InputError
 from losses import balance_loss, routing
 from model import Llava
+from support.flags import InputError
 
 JITTER = 1e-2  # DeepSpeed's width of the multiplicative noise
 # Which layers become sparse, out of a number of them.
@@ -57,51 +56,21 @@ class Router(stock.Qwen2MoeTopKRouter):
 
 
 class Experts(stock.Qwen2MoeExperts):
-    """Eq. (4), y = sum_i r~_i E_i(x), with gradients and in autocast; a token of no expert gets zero."""
+    """Eq. (4), y = sum_i r~_i E_i(x), for all tokens of an expert at once; a token of no expert gets zero."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        expert, order = top_k_index.flatten().sort(stable=True)  # (N k,), expert by expert
-        sizes = expert.bincount(minlength=self.num_experts)[: self.num_experts].tolist()  # without number E
-        order = order[: sum(sizes)]
+        number, order = top_k_index.flatten().sort(stable=True)  # (N k,), expert by expert
+        sizes = number.bincount(minlength=self.num_experts)[: self.num_experts].tolist()  # without number E
+        order = order[: sum(sizes)]  # (S,)
         token = order // top_k_index.shape[1]  # (S,)
-        x = hidden_states[token]  # (S, D)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        gate, up = GroupedLinear.apply(x, self.gate_up_proj, sizes).chunk(2, dim=-1)
-        out = GroupedLinear.apply(self.act_fn(gate) * up, self.down_proj, sizes)  # (S, D)
-        out = out * top_k_weights.flatten()[order].unsqueeze(1)
-        return torch.zeros_like(hidden_states).index_add(0, token, out.to(hidden_states.dtype))
+        experts = zip(self.gate_up_proj.unbind(), self.down_proj.unbind())
+        y = [self._expert(x, *e) for x, e in zip(hidden_states[token].split(sizes), experts)]
+        y = torch.cat(y) * top_k_weights.flatten()[order].unsqueeze(1)  # (S, D)
+        return torch.zeros_like(hidden_states).index_add(0, token, y.to(hidden_states.dtype))
 
-
-class GroupedLinear(torch.autograd.Function):
-    """x (S, D) in groups of rows, one for each of the weights w (E, O, D) -> (S, O), in x's precision.
-
-    As a function of its own, because the gradients of E slices of w would be E tensors of w's size.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, sizes: list[int]) -> Tensor:
-        ctx.save_for_backward(x, w)
-        ctx.sizes = sizes
-        y = x.new_empty(len(x), w.shape[1])
-        for y_e, x_e, w_e in zip(y.split(sizes), x.split(sizes), w):
-            torch.mm(x_e, w_e.T.to(x.dtype), out=y_e)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, w = ctx.saved_tensors
-        dx = dw = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.empty_like(x)
-            for dx_e, dy_e, w_e in zip(dx.split(ctx.sizes), dy.split(ctx.sizes), w):
-                torch.mm(dy_e, w_e.to(dy.dtype), out=dx_e)
-        if ctx.needs_input_grad[1]:
-            dw = torch.empty_like(w)
-            for dw_e, dy_e, x_e in zip(dw, dy.split(ctx.sizes), x.split(ctx.sizes)):
-                dw_e.copy_(dy_e.T @ x_e) if dw.dtype != x.dtype else torch.mm(dy_e.T, x_e, out=dw_e)
-        return dx, dw, None
+    def _expert(self, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+        return F.linear(self.act_fn(gate) * up, down)
 
 
 def sparsify(
@@ -166,6 +135,10 @@ def routers(student: Llava) -> list[Router]:
     return [m for m in student.language_model.modules() if isinstance(m, Router)]
 
 
+def routers_and_experts(student: Llava) -> list[nn.Module]:
+    return [m for m in student.language_model.modules() if isinstance(m, Router | Experts)]
+
+
 def prepare(student: Llava, kind: str = "topk") -> None:
     """Put `Router`s of this kind and `Experts` in the place of the stock ones, with their weights."""
     for layer in student.language_model.layers:
@@ -186,17 +159,18 @@ def route(student: Llava, attention_mask: Tensor | None) -> None:
         router.real = None if attention_mask is None else attention_mask.flatten().bool()
 
 
-def balance(student: Llava, n_tokens: float) -> tuple[Tensor, Tensor]:
-    """The balance loss, averaged over sparse layers, and the experts' shares of the tokens, (layers, E).
-
-    Of the last batch, `n_tokens` being the number of tokens that P_i is a mean over. The shares are those of
-    all ranks' batches together: ranks see the loss that one rank would see with the joined batch.
-    """
-    all_routers = routers(student)
-    load = torch.stack([
-        (F.one_hot(m.chosen, m.num_experts).sum(1) * m.real.unsqueeze(1)).sum(0).float() for m in all_routers
+def expert_load(student: Llava) -> Tensor:
+    """How many tokens of the last batch each expert got, (sparse layers, E)."""
+    return torch.stack([
+        (F.one_hot(m.chosen, m.num_experts).sum(1) * m.real.unsqueeze(1)).sum(0).double()
+        for m in routers(student)
     ])  # fmt: skip
-    dist.all_reduce(load)
-    load /= load[0].sum()  # tokens x k
-    losses = [balance_loss(m.r, f, m.real / n_tokens) for m, f in zip(all_routers, load)]
-    return torch.stack(losses).mean(), load
+
+
+def balance(student: Llava, load: Tensor, n_tokens: float) -> Tensor:
+    """The last batch's share of the balance loss, averaged over sparse layers.
+
+    load  (sparse layers, E)  f_i, the experts' shares of the tokens in the global batch, which has n_tokens
+    """
+    losses = [balance_loss(m.r, f, m.real / n_tokens) for m, f in zip(routers(student), load.float())]
+    return torch.stack(losses).mean()

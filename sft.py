@@ -10,12 +10,14 @@ import argparse
 
 import torch
 
-from common import Run, set_lr
-from data import Encoder, LlavaData, micro_batches, schedule
-from flags import add_flags, add_training_flags, cli, new_parser
-from fused import Head, token_losses
+from data import Encoder, LlavaData, count_rows, micro_batches, schedule
 from losses import autoregressive_loss
 from model import Llava
+from support.chunks import over_rows
+from support.flags import add_flags, add_training_flags, cli, new_parser
+from support.ranks import process_group
+from support.run import all_finite, begin, check_samples, open_run, save_student, set_lr, write_log
+from support.state import load_state, save_state_if_due, stop_if_asked
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,53 +33,60 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with Run(args, "sft") as run:
+    with process_group() as ranks:
+        run = open_run(args, "sft", ranks, __file__)
         if run.finished:
             return
+        torch.manual_seed(args.seed)
 
         # ---- models, and what is trained
-        student = Llava.from_checkpoint(args.student).to(run.device)
+        student = Llava.from_checkpoint(args.student).to(ranks.device)
         student.requires_grad_(True).vision_tower.requires_grad_(False)
         trained = [p for p in student.parameters() if p.requires_grad]
         if args.gradient_checkpointing:
-            student.language_model.activation_checkpointing_enable({"use_reentrant": False})
-        ddp = run.parallel(student.train())
+            student.checkpoint_activations()
+        forward = ranks.data_parallel(student.train())
 
-        # ---- data
-        n_patches = student.n_visual_tokens
-        encoder = Encoder(student.processor, n_patches, args.max_len)
-        data = LlavaData(args.data, args.images, encoder, [student.processor], args.skip_bad)
+        # ---- data, optimizer, and where an interrupted run was
+        encoder = Encoder(student.processor, student.n_visual_tokens, args.max_len)
+        processors = [student.processor]
+        data = LlavaData(args.data, args.images, encoder, processors, args.skip_bad)
         steps = schedule(data, args)
+        optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+        first = load_state(run, student, optimizer)
+        begin(run, student, data, len(steps), first)
 
         # ---- the loop
-        optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-        first = run.start(student, optimizer, len(steps), data)
-        batches = micro_batches(data, steps[first:], run)
-        for step in range(first, len(steps)):
+        ranks.catch_signals()
+        w_s = student.lm_head.weight  # (V, D_s)
+        for step, micros in micro_batches(data, steps, first, run):
             lr = set_lr(optimizer, step, len(steps), args.lr, args.warmup)
-            micros = [next(batches) for _ in range(run.accumulation)]
-            n = run.count(micros, n_patches)
+            n = count_rows(micros, ranks)  # rows of each kind in the global batch
+            check_samples(run, micros, n.bad)
             losses = []
-            for k, batch in enumerate(micros):
-                with run.sync(ddp, last=k == run.accumulation - 1):
-                    batch = batch.to(run.device)
-                    with run.autocast():
-                        z = student.encode_images(batch.pixel_values)  # (n, Np, C)
-                        h = ddp(batch.input_ids, batch.attention_mask, z)  # (B, T, D)
+            for k, batch in enumerate(micros, 1):
+                batch = batch.to(ranks.device)
+                with ranks.exchange_gradients(now=k == len(micros)), run.autocast():
+                    z = student.encode_images(batch.pixel_values)  # (n, Np, C)
+                    h_s = forward(batch.input_ids, batch.attention_mask, z)  # (B, T, D_s)
 
-                    # ---- Eq. (1), on the rows that predict an answer; by 1 / n the loss is a global mean
-                    read = batch.response  # (B, T)
-                    s = Head(h[read].to(run.dtype), student.lm_head.weight)  # N rows
-                    w_res = read[read] / n.response  # (N,)
-                    (loss,) = token_losses(s, [(autoregressive_loss, batch.targets[read], w_res, 1.0)])
-                    loss.backward()
-                losses.append({"loss": loss})
-            norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
-            if run.sound(step, losses, norm, micros):
+                # ---- Eq. (1). Rows hold log phi_s (N, V) and the next token y (N,)
+                def objective(response):
+                    l_reg = autoregressive_loss(response.log_s, response.y, 1 / n.response)
+                    return l_reg, {"l_reg": l_reg}
+
+                kinds = [batch.response]
+                loss, terms = over_rows(objective, kinds, batch.targets, (h_s.to(run.dtype), w_s))
+                (ranks.world * loss).backward()  # DDP divides by the number of ranks
+                losses.append({"loss": loss} | terms)
+            grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+            if all_finite(run, step, losses, grad_norm, micros):
                 optimizer.step()
-            optimizer.zero_grad()
-            run.log(step, lr, losses, n.tokens, norm)
-        run.finish(student)
+            optimizer.zero_grad(set_to_none=ranks.world == 1)  # DDP keeps gradients where they are
+            write_log(run, step, lr, losses, grad_norm, n.tokens)
+            save_state_if_due(run, step, student, optimizer)
+            stop_if_asked(run, step, student, optimizer)
+        save_student(run, student)
 
 
 if __name__ == "__main__":

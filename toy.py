@@ -5,15 +5,19 @@
     python toy.py --method ckd    LLaVA-CKD's cascade, likewise
     python toy.py --seeds 3       the same with three students per method
 
-The world and the pre-trained parts are those of toy_world.py. The stages are the real ones, called through
-their command lines: what runs here is what runs on 8 GPUs. A second call reuses what is finished.
+The world and the pre-trained parts are those of lab/world.py. The stages are the real ones, called through
+their command lines: what runs here is what runs on 8 GPUs. A second call reuses what is finished and
+was made by the same code.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import shutil
 from pathlib import Path
+from types import ModuleType
 
 import ckd
 import dft
@@ -21,53 +25,73 @@ import dpt
 import evaluate
 import mod_distill
 import sft
-from flags import add_flags, cli, new_parser, positive
-from toy_report import write_report
-from toy_world import BASE, write_world
+from lab import world
+from lab.report import write_report
+from support.flags import add_flags, cli, command_line, new_parser, positive
+from support.run import code_of
 
 BATCH = 32
 # Steps and peak learning rate of each stage. Teachers see 4,000 scenes; students 400 ("few") or 4,000.
 TEACHER_PT, TEACHER_SFT = (400, 3e-3), (1500, 1e-3)
 PT, FT, PD = (400, 3e-3), (400, 2e-3), (100, 5e-4)
 FT_LONG = (650, 2e-3)  # the control's last stage: as many seconds as the teacher costs the method
+SETTINGS = {"epochs": 1000, "micro_batch": BATCH, "max_len": 128, "workers": 0}
+LARGE, MIDDLE, SMALL = ({"vision": world.BASE / "siglip", "llm": world.BASE / f"qwen-{size}"}
+                        for size in ("large", "middle", "small"))  # fmt: skip
+
+
+code = functools.cache(code_of)
+
+
+def is_fresh(record: Path, script: str, inputs: list[Path]) -> bool:
+    """Whether a JSON record says that it was made by the code that `script` has now, after all `inputs`."""
+    if not record.exists() or json.loads(record.read_text()).get("code") != code(script):
+        return False
+    return all(record.stat().st_mtime_ns >= i.stat().st_mtime_ns for i in inputs if i.exists())
 
 
 class Lab:
-    """Runs stages in a folder, each at most once, and keeps score."""
+    """Runs stages in a folder, again if their code or what they start from has changed, and keeps score."""
 
     def __init__(self, out: Path):
         self.out, self.world, self.rows = out, out / "world", []
-        if not (self.world / "describe.jsonl").exists():
+        if not is_fresh(self.world / "made.json", world.__file__, []):
             print(f"drawing the world in {self.world}")
-            write_world(self.world)
+            shutil.rmtree(self.world, ignore_errors=True)
+            world.write_world(self.world)
+            (self.world / "made.json").write_text(json.dumps({"code": code(world.__file__)}))
 
-    def stage(
-        self, main: callable, name: str, data: str, plan: tuple[int, float], seed: int, **flags: str
-    ) -> str:
+    def stage(self, script: ModuleType, name: str, data: str, plan: tuple[int, float], seed: int,
+              **flags: object) -> str:  # fmt: skip
         """Call a stage script's main with the toy's settings; returns the folder of its checkpoint."""
-        steps, lr = plan
-        flags |= {
-            "data": self.world / f"{data}.json", "images": self.world / "images", "out": self.out / name,
-            "lr": lr, "max_steps": steps, "epochs": 1000, "global_batch": BATCH, "micro_batch": BATCH,
-            "seed": seed, "max_len": 128, "workers": 0,
-        }  # fmt: skip
-        argv = [item for flag, value in flags.items() for item in (f"--{flag}", str(value))]
-        # The tiny language models know the chat template and the word "describe": captions are answers to it.
-        main(argv + ["--no-caption_only"] * (main is dpt.main))
-        return str(self.out / name)
+        out, (steps, lr) = self.out / name, plan
+        inputs = [Path(flags[k]) / "run.json" for k in ("student", "teacher") if k in flags]
+        if not is_fresh(out / "run.json", script.__file__, [*inputs, self.world / "made.json"]):
+            shutil.rmtree(out, ignore_errors=True)
+        flags |= SETTINGS | {"data": self.world / f"{data}.json", "images": self.world / "images", "out": out}
+        flags |= {"lr": lr, "max_steps": steps, "global_batch": BATCH, "seed": seed}
+        if (
+            script is dpt
+        ):  # the tiny language models know "describe" as a question: captions are answers to it
+            flags["caption_only"] = False
+        script.main(command_line(**flags))
+        return str(out)
 
-    def cascade(self, name: str, seed: int, *teachers: str, **flags: str) -> list[str]:
+    def cascade(self, name: str, seed: int, *teachers: str, **flags: object) -> list[str]:
         """A whole cascade on few scenes through ckd.py; returns the folders of its stages."""
         out = self.out / f"seed{seed}/400/{name}"
-        flags |= SMALL | {
-            "pretrain_data": self.world / "pretrain_few.json", "pretrain_lr": PT[1], "pretrain_batch": BATCH,
-            "finetune_data": self.world / "finetune_few.json", "finetune_lr": FT[1], "finetune_batch": BATCH,
-            "images": self.world / "images", "out": out, "max_steps": PT[0], "epochs": 1000, "seed": seed,
-            "micro_batch": BATCH, "max_len": 128, "workers": 0,
-        }  # fmt: skip
-        argv = [item for flag, value in flags.items() for item in (f"--{flag}", str(value))]
-        ckd.main(["--teachers", *teachers, "--no-caption_only", *argv])
-        return [str(out / folder) for folder in json.loads((out / "cascade.json").read_text())["done"]]
+        inputs = [*(Path(t) / "run.json" for t in teachers), self.world / "made.json"]
+        for record in out.glob("*/*/run.json"):
+            if not is_fresh(record, f"{record.parent.name}.py", inputs):
+                shutil.rmtree(out)
+                break
+        flags |= SETTINGS | SMALL | {"teachers": list(teachers), "images": self.world / "images", "out": out}
+        for stage, lr in ("pretrain", PT[1]), ("finetune", FT[1]):
+            data = self.world / f"{stage}_few.json"
+            flags |= {f"{stage}_data": data, f"{stage}_lr": lr, f"{stage}_batch": BATCH}
+        argv = command_line(**flags, caption_only=False, max_steps=PT[0], seed=seed)
+        ckd.main(argv)
+        return [argv[-1] for _, argv in ckd.plan(*ckd.parse_args(argv))]
 
     def score(self, method: str, seed: int, scenes: int, stages: list[str], describe: bool = False) -> None:
         """Add a row: the held-out accuracy of the last stage's model, steps and seconds of all its stages,
@@ -88,24 +112,20 @@ class Lab:
 
     def _ask(self, model: str, questions: str, metric: str) -> dict:
         folder = self.out / ("eval" if metric == "exact" else metric) / Path(model).relative_to(self.out)
-        if not (folder / "scores.json").exists():
-            longest = "6" if metric == "exact" else "18"
-            evaluate.main(["--model", model, "--questions", str(self.world / f"{questions}.jsonl"),
-                           "--images", str(self.world / "images"), "--out", str(folder), "--batch", "200",
-                           "--metric", metric, "--max_new_tokens", longest])  # fmt: skip
+        if not is_fresh(folder / "made.json", evaluate.__file__, [Path(model, "run.json")]):
+            evaluate.main(command_line(
+                model=model, questions=self.world / f"{questions}.jsonl", images=self.world / "images",
+                out=folder, batch=200, metric=metric, max_new_tokens=6 if metric == "exact" else 18,
+            ))  # fmt: skip
+            (folder / "made.json").write_text(json.dumps({"code": code(evaluate.__file__)}))
         (scores,) = json.loads((folder / "scores.json").read_text()).values()
         return scores
 
 
-LARGE = {"vision": BASE / "siglip", "llm": BASE / "qwen-large"}
-MIDDLE = {"vision": BASE / "siglip", "llm": BASE / "qwen-middle"}
-SMALL = {"vision": BASE / "siglip", "llm": BASE / "qwen-small"}
-
-
 def teacher_of(lab: Lab) -> list[str]:
     """The stages of the teacher that answers questions."""
-    pt = lab.stage(dpt.main, "teacher/pt", "pretrain", TEACHER_PT, 0, **LARGE)
-    return [pt, lab.stage(sft.main, "teacher/sft", "finetune", TEACHER_SFT, 0, student=pt)]
+    pt = lab.stage(dpt, "teacher/pt", "pretrain", TEACHER_PT, 0, **LARGE)
+    return [pt, lab.stage(sft, "teacher/sft", "finetune", TEACHER_SFT, 0, student=pt)]
 
 
 def kd(lab: Lab, seeds: int) -> None:
@@ -117,14 +137,12 @@ def kd(lab: Lab, seeds: int) -> None:
             if scenes == 4000 and seed > 0:
                 continue
             at, captions, questions = f"seed{seed}/{scenes}", f"pretrain{few}", f"finetune{few}"
-            pt = lab.stage(dpt.main, f"{at}/pt", captions, PT, seed, **SMALL)
-            ft = lab.stage(sft.main, f"{at}/pt-sft", questions, FT, seed, student=pt)
-            ft2 = lab.stage(sft.main, f"{at}/pt-sft-sft", questions, FT_LONG, seed + 100, student=ft)
-            d = lab.stage(dpt.main, f"{at}/dpt", captions, PT, seed, teacher=teacher, **SMALL)
-            ds = lab.stage(sft.main, f"{at}/dpt-sft", questions, FT, seed, student=d)
-            df = lab.stage(
-                dft.main, f"{at}/dpt-sft-dft", questions, FT, seed + 100, student=ds, teacher=teacher
-            )
+            pt = lab.stage(dpt, f"{at}/pt", captions, PT, seed, **SMALL)
+            ft = lab.stage(sft, f"{at}/pt-sft", questions, FT, seed, student=pt)
+            ft2 = lab.stage(sft, f"{at}/pt-sft-sft", questions, FT_LONG, seed + 100, student=ft)
+            d = lab.stage(dpt, f"{at}/dpt", captions, PT, seed, teacher=teacher, **SMALL)
+            ds = lab.stage(sft, f"{at}/dpt-sft", questions, FT, seed, student=d)
+            df = lab.stage(dft, f"{at}/dpt-sft-dft", questions, FT, seed + 100, student=ds, teacher=teacher)
             lab.score("PT+SFT", seed, scenes, [pt, ft])
             lab.score("PT+SFT+SFT", seed, scenes, [pt, ft, ft2])
             lab.score("DPT+SFT+DFT", seed, scenes, [d, ds, df])
@@ -135,27 +153,27 @@ def mod(lab: Lab, seeds: int) -> None:
 
     Its teacher is one that describes as well as it answers; preferences are about descriptions.
     """
-    pt = lab.stage(dpt.main, "teacher/pt", "pretrain", TEACHER_PT, 0, **LARGE)
-    teacher = lab.stage(sft.main, "teacher/mixed", "mixed", TEACHER_SFT, 0, student=pt)
+    pt = lab.stage(dpt, "teacher/pt", "pretrain", TEACHER_PT, 0, **LARGE)
+    teacher = lab.stage(sft, "teacher/mixed", "mixed", TEACHER_SFT, 0, student=pt)
     lab.score("MoD's teacher", 0, 4000, [pt, teacher], describe=True)
     for seed in range(seeds):
         at, again = f"seed{seed}/400", seed + 100
-        pt = lab.stage(dpt.main, f"{at}/pt", "pretrain_few", PT, seed, **SMALL)
+        pt = lab.stage(dpt, f"{at}/pt", "pretrain_few", PT, seed, **SMALL)
 
         def mimic(name: str, seed: int, student: str, step: str, at: str = at, **flags: str) -> str:
             teaches = {} if flags.get("kl") == 0 else {"teacher": teacher}
-            return lab.stage(mod_distill.main, f"{at}/{name}", "mixed_few", FT, seed, student=student,
+            return lab.stage(mod_distill, f"{at}/{name}", "mixed_few", FT, seed, student=student,
                              step=step, **teaches, **flags)  # fmt: skip
 
         def prefer(po: str, student: str, at: str = at, seed: int = seed) -> str:
-            return lab.stage(mod_distill.main, f"{at}/{po}", "preference_few", PD, seed, student=student,
+            return lab.stage(mod_distill, f"{at}/{po}", "preference_few", PD, seed, student=student,
                              step="pd", teacher=teacher, po=po)  # fmt: skip
 
         dense = mimic("d2d", seed, pt, "d2d")
         sparse = mimic("d2s", again, dense, "d2s")
         sparse1 = mimic("d2s-e4t1", again, dense, "d2s", top_k=1)
         dense2 = mimic("d2d-d2d", again, dense, "d2d", ar=1)
-        plain = lab.stage(sft.main, f"{at}/mixed-sft", "mixed_few", FT, seed, student=pt)
+        plain = lab.stage(sft, f"{at}/mixed-sft", "mixed_few", FT, seed, student=pt)
         plain2 = mimic("sparse-sft", again, plain, "d2s", kl=0)
         kto, dpo = prefer("kto", sparse), prefer("dpo", sparse)
         for method, stages in {
@@ -172,8 +190,8 @@ def cascade(lab: Lab, seeds: int) -> None:
     A cascade's first round is LLaVA-KD from its first teacher; the teacher twice is the control for time.
     """
     pt, teacher = teacher_of(lab)
-    ta_pt = lab.stage(dpt.main, "assistant/pt", "pretrain", TEACHER_PT, 0, **MIDDLE)
-    assistant = lab.stage(sft.main, "assistant/sft", "finetune", TEACHER_SFT, 0, student=ta_pt)
+    ta_pt = lab.stage(dpt, "assistant/pt", "pretrain", TEACHER_PT, 0, **MIDDLE)
+    assistant = lab.stage(sft, "assistant/sft", "finetune", TEACHER_SFT, 0, student=ta_pt)
     lab.score("Teacher", 0, 4000, [pt, teacher])
     lab.score("CKD's assistant", 0, 4000, [ta_pt, assistant])
     for seed in range(seeds):

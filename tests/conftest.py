@@ -63,16 +63,18 @@ def parts(tmp_path_factory, tokenizer) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory, parts) -> dict[str, str]:
-    """LLaVA checkpoints with large random weights, so that every loss is far from zero."""
+    """LLaVA checkpoints with one vision tower and random weights so large that no loss is near zero."""
     from model import Llava
 
-    root = tmp_path_factory.mktemp("checkpoints")
+    root, tower = tmp_path_factory.mktemp("checkpoints"), None
     for name in "small", "large":
         torch.manual_seed(1)
         model = Llava.from_parts(parts["vision"], parts[name])
         for p in model.parameters():
             if p.dim() == 2:
                 torch.nn.init.normal_(p, std=0.3)
+        tower = tower or model.vision_tower
+        model.vision_tower = tower
         model.save(root / name)
     return {name: str(root / name) for name in ("small", "large")}
 

@@ -30,7 +30,7 @@ def kills(n: int, root: Path) -> None:
     from safetensors.torch import load_file
     from torch import equal
 
-    from toy_world import BASE, write_world
+    from lab.world import BASE, write_world
 
     write_world(root / "world", n_train=60, n_few=10, n_test=1)
     data = ["--images", str(root / "world/images"), "--workers", "0", "--no-caption_only"]
@@ -130,7 +130,7 @@ def open_data(root: Path) -> None:
 
     from data import Encoder, LlavaData, global_batches
     from model import CHAT_TEMPLATE, IMAGE_TOKEN
-    from ranks import process_group
+    from support.ranks import process_group
 
     class Processor:
         tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/toy/qwen-small")

@@ -11,9 +11,9 @@ from conftest import data_flags, launch, log_of
 import dft
 import dpt
 import sft
-from common import set_lr
-from flags import InputError
 from model import Llava
+from support.flags import InputError
+from support.run import set_lr
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_prompt_tokens_need_prompts(parts, capsys):
     assert dpt.parse_args([*flags, "--no-caption_only"]).targets == ["response", "prompt"]
 
 
-@pytest.mark.parametrize("script", ["dpt", "sft", "dft", "evaluate", "toy", "bench"])
+@pytest.mark.parametrize("script", ["dpt", "sft", "dft", "evaluate", "toy", "lab.bench"])
 def test_help_states_every_default(script, monkeypatch, capsys):
     seen = []
     parse = argparse.ArgumentParser.parse_args

@@ -8,8 +8,16 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import evaluate
-from flags import InputError
-from metrics import exact_match, hallucination, multiple_choice, normalize_vqa, pope, read_vocabulary, vqa
+from support.flags import InputError
+from support.metrics import (
+    exact_match,
+    hallucination,
+    multiple_choice,
+    normalize_vqa,
+    pope,
+    read_vocabulary,
+    vqa,
+)
 
 TEXTS = ["how many objects ?", "is there a red circle here ?", "what color is the object top left ?", "hi"]
 

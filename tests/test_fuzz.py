@@ -81,9 +81,9 @@ def fuzz_samples(n: int, root: Path, seed: int) -> str:
     from transformers import AutoTokenizer, LlavaProcessor, SiglipImageProcessorPil
 
     from data import IGNORE, Encoder, LlavaData
-    from flags import InputError
     from model import CHAT_TEMPLATE
-    from records import IMAGE_TOKEN
+    from support.checks import IMAGE_TOKEN
+    from support.flags import InputError
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/toy/qwen-small")
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
@@ -117,7 +117,7 @@ def fuzz_samples(n: int, root: Path, seed: int) -> str:
             assert str(error).strip(), record
             seen["refused"] += 1
             continue
-        if batch.bad:  # `Run.count` stops here unless --skip_bad allows it
+        if batch.bad:  # `check_samples` stops here unless --skip_bad allows it
             seen["unreadable image"] += 1
         else:
             seen["batch"] += 1

@@ -17,8 +17,8 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from flags import InputError
-from model import CHAT_TEMPLATE, Llava
+from model import CHAT_TEMPLATE, Llava, load_teacher
+from support.flags import InputError
 
 PROMPTS = ["USER: <image>\nis there a red circle ? ASSISTANT:", "USER: how many ? ASSISTANT:",
            "USER: <image>\n<image>\nwhat color is the object top left ? ASSISTANT:"]  # fmt: skip
@@ -86,10 +86,22 @@ def test_a_stock_checkpoint_loads_here(tmp_path, checkpoints):
     assert_equal_logits(teacher, stock, teacher.processor)
     student = Llava.from_checkpoint(checkpoints["small"])
     student.check_teacher(teacher)
-    assert not student.share_encoder(teacher)  # random towers of different seeds
+    assert not student.sees_like(teacher)  # random towers of different seeds
     teacher.vision_tower.load_state_dict(student.vision_tower.state_dict())
-    assert student.share_encoder(teacher.to(torch.bfloat16))
+    assert student.sees_like(teacher.to(torch.bfloat16))
+
+
+def test_a_teacher_is_frozen_and_has_a_tower_only_if_it_sees_otherwise(checkpoints, tmp_path):
+    student = Llava.from_checkpoint(checkpoints["small"])
+    teacher = load_teacher(checkpoints["large"], student, torch.bfloat16)
     assert teacher.vision_tower is None
+    assert not teacher.training
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert teacher.lm_head.weight.dtype == torch.bfloat16
+    other = Llava.from_checkpoint(checkpoints["large"])
+    other.vision_tower.encoder.layers[0].mlp.fc1.weight.data += 1e-3
+    other.save(tmp_path)
+    assert load_teacher(str(tmp_path), student, torch.float32).vision_tower is not None
 
 
 def test_the_last_layer_and_the_head_are_not_computed(checkpoints):

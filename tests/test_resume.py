@@ -14,12 +14,12 @@ import torch
 from conftest import ROOT, data_flags, launch, log_of
 from safetensors.torch import load_file
 
-import common
 import dft
 import mod_distill
-import resume
 import sft
-from flags import InputError
+from support import run as support_run
+from support import state
+from support.flags import InputError
 
 STEPS = 12
 
@@ -65,14 +65,14 @@ def same_log(a, b, rel=0.0) -> None:
 
 def stop_at(monkeypatch, step: int, how: callable) -> None:
     """Call `how(run)` when the run has come to the log of this step."""
-    log = common.Run.log
 
     def interrupted(run, at, *args):
         if at == step:
             how(run)
-        return log(run, at, *args)
+        return support_run.write_log(run, at, *args)
 
-    monkeypatch.setattr(common.Run, "log", interrupted)
+    for stage in dft, sft, mod_distill:
+        monkeypatch.setattr(stage, "write_log", interrupted)
 
 
 class CrashError(Exception):
@@ -90,7 +90,7 @@ def run_in_two(main, argv, monkeypatch, step=6, how=crash) -> None:
         with pytest.raises((CrashError, SystemExit)) as error:
             main(argv)
     if how is not crash:
-        assert error.value.code == common.STOPPED == 75
+        assert error.value.code == state.STOPPED == 75
     main(argv)
     torch.set_num_threads(2)
 
@@ -177,7 +177,7 @@ def interrupted(flags, checkpoints, out, monkeypatch, step=10):
         stop_at(patch, step, crash)
         with pytest.raises(CrashError):
             dft.main([*command(checkpoints), *flags(out)])
-    found = resume.states(out / "state")
+    found = state.states(out / "state")
     assert [p.name[:13] for p in found] == ["step-00000008", "step-00000004"]
     return found
 
@@ -204,7 +204,7 @@ def test_keep(flags, checkpoints, tmp_path, monkeypatch):
         stop_at(patch, 10, crash)
         with pytest.raises(CrashError):
             dft.main([*command(checkpoints), *flags(tmp_path / "out", save_every=1, keep=3)])
-    steps = [p.name[:13] for p in resume.states(tmp_path / "out" / "state")]
+    steps = [p.name[:13] for p in state.states(tmp_path / "out" / "state")]
     assert steps == ["step-00000010", "step-00000009", "step-00000008"]
 
 
@@ -223,7 +223,7 @@ def test_a_crash_inside_a_write_leaves_the_last_state(whole, flags, checkpoints,
         patch.setattr(torch, "save", dies)
         with pytest.raises(CrashError):
             dft.main([*command(checkpoints), *flags(tmp_path / "out")])
-    assert [p.name[:13] for p in resume.states(tmp_path / "out" / "state")] == ["step-00000004"]
+    assert [p.name[:13] for p in state.states(tmp_path / "out" / "state")] == ["step-00000004"]
     assert (tmp_path / "out" / "state" / ".writing").exists()
     dft.main([*command(checkpoints), *flags(tmp_path / "out")])
     torch.set_num_threads(2)
@@ -240,8 +240,8 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_state(flags, checkpoints,
             dft.main([*command(checkpoints), *flags(tmp_path / "out")])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    (left,) = resume.states(tmp_path / "out" / "state")
-    assert resume._digest(left) == left.name.split(".")[1]
+    (left,) = state.states(tmp_path / "out" / "state")
+    assert state._digest(left) == left.name.split(".")[1]
     assert not (tmp_path / "out" / "state" / ".writing").exists()
 
 
@@ -253,7 +253,7 @@ def test_a_state_is_read_without_running_what_is_in_it(flags, checkpoints, tmp_p
             return os.mkdir, (str(tmp_path / "ran"),)
 
     torch.save({"step": Evil()}, tmp_path / "evil")
-    evil = newest.with_name(f"step-00000009.{resume._digest(tmp_path / 'evil')}.pt")
+    evil = newest.with_name(f"step-00000009.{state._digest(tmp_path / 'evil')}.pt")
     (tmp_path / "evil").rename(evil)
     with pytest.raises(Exception, match="[Ww]eights.only"):
         dft.main([*command(checkpoints), *flags(tmp_path / "out")])
@@ -265,14 +265,14 @@ def test_a_state_is_read_without_running_what_is_in_it(flags, checkpoints, tmp_p
 
 def poison(monkeypatch, at: int) -> None:
     """From the `at`-th call on for one call, the loss is not a number."""
-    inner, calls = sft.token_losses, []
+    inner, calls = sft.over_rows, []
 
     def poisoned(*args):
         calls.append(1)
-        values = inner(*args)
-        return [v * float("nan") for v in values] if len(calls) == at else values
+        loss, terms = inner(*args)
+        return (loss * float("nan"), terms) if len(calls) == at else (loss, terms)
 
-    monkeypatch.setattr(sft, "token_losses", poisoned)
+    monkeypatch.setattr(sft, "over_rows", poisoned)
 
 
 def test_a_step_that_is_not_finite_is_named_and_stops_the_run(flags, checkpoints, tmp_path, monkeypatch):
@@ -281,7 +281,7 @@ def test_a_step_that_is_not_finite_is_named_and_stops_the_run(flags, checkpoints
         InputError, match="step 5: the loss of rank 0 is not finite; rank 0 had .*sample .*id"
     ):
         sft.main(["--student", checkpoints["small"], *flags(tmp_path / "out")])
-    assert len(resume.states(tmp_path / "out" / "state")) == 1
+    assert len(state.states(tmp_path / "out" / "state")) == 1
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
@@ -334,7 +334,7 @@ def ranks_of(process) -> list[int]:
 def test_a_killed_rank_is_restarted_from_the_last_state(whole, flags, checkpoints, tmp_path):
     argv = ["dft.py", *command(checkpoints), *flags(tmp_path / "out", micro_batch=2, save_every=2)]
     process = start(argv, max_restarts=3, monitor_interval=0.2)
-    wait_for(lambda: resume.states(tmp_path / "out" / "state"), process)
+    wait_for(lambda: state.states(tmp_path / "out" / "state"), process)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0, output[-3000:]
@@ -378,14 +378,14 @@ def test_sigterm_to_torchrun_stops_all_ranks_with_a_state(whole, flags, checkpoi
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode != 0
-    assert len(resume.states(tmp_path / "out" / "state")) == 1
+    assert len(state.states(tmp_path / "out" / "state")) == 1
     launch("dft.py", argv[1:], ranks=2)
     assert same_weights(whole / "two", tmp_path / "out")
 
 
 def test_the_run_file_survives_a_crash_while_it_is_written(tmp_path, monkeypatch):
-    resume.write_whole(tmp_path / "run.json", json.dumps({"seconds": 1}))
+    support_run.write_whole(tmp_path / "run.json", json.dumps({"seconds": 1}))
     monkeypatch.setattr(os, "replace", lambda *_: crash(None))
     with pytest.raises(CrashError):
-        resume.write_whole(tmp_path / "run.json", "other")
+        support_run.write_whole(tmp_path / "run.json", "other")
     assert json.loads((tmp_path / "run.json").read_text()) == {"seconds": 1}

@@ -12,9 +12,10 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import dft
 import dpt
-import fused
 import sft
 from data import Encoder, LlavaData, schedule
+from support import chunks
+from support.flags import command_line
 
 
 def weights(path) -> dict[str, torch.Tensor]:
@@ -137,6 +138,7 @@ def test_the_losses_fall_and_are_all_logged(chain):
     for line in log:
         assert line.keys() == {"step", "lr", "loss", "l_reg", "l_res", "l_vis", "l_rel", "l_prompt",
                                "tokens_per_s", "grad_norm"}  # fmt: skip
+        assert line["l_prompt"] == 0  # not among the default targets
         total = line["l_reg"] + line["l_res"] + line["l_vis"] + 0.5 * line["l_rel"]
         assert line["loss"] == pytest.approx(total, rel=1e-6)
         assert min(line["l_res"], line["l_vis"], line["l_rel"]) > 1e-4
@@ -264,46 +266,41 @@ def test_the_start_up_summary_and_a_second_call(chain, world, checkpoints, capsy
     assert json.loads((chain / "dft" / "run.json").read_text())["seconds"] > 0
 
 
-def plain_token_losses(student, terms, student_gram=None):
-    """What `fused.token_losses` stands for: full logits, the functions of losses.py, autograd."""
-    logits = [h.hidden.clone() @ h.weight.T for h in (student, terms[1][1])]
-    values = [
-        loss(logits[0], logits[1] if loss is not terms[0][0] else target, w) for loss, target, w, _ in terms
-    ]
-    return [*values, student.weight.T @ student.weight]
+def test_sft_is_dft_without_a_teacher(chain, world, tmp_path):
+    """Eq. (1) is the same number in both, and all that SFT's loss is."""
+    for line in log_of(chain / "sft"):
+        assert line["loss"] == line["l_reg"]
+
+
+def over_full_logits(objective, kinds, y, student, teacher):
+    """What `over_rows` stands for: full logits, and autograd."""
+    log_s, log_t = ((h @ w.T).log_softmax(-1) for h, w in (student, teacher))
+    kinds = [torch.zeros_like(y, dtype=torch.bool) if kind is None else kind for kind in kinds]
+    return objective(*(chunks.Rows(log_s[kind], log_t[kind], y[kind]) for kind in kinds))
 
 
 def test_chunked_and_plain_give_the_same_training_curve_on_the_toy_world(tmp_path, monkeypatch):
-    from toy_world import BASE, write_world
+    from lab.world import BASE, write_world
 
     write_world(tmp_path, n_train=60, n_few=10, n_test=1)
-    data = ["--data", f"{tmp_path}/finetune.json", "--images", f"{tmp_path}/images", "--workers", "0"]
-    data += ["--global_batch", "16", "--micro_batch", "8", "--max_steps", "12", "--epochs", "2"]
+    data = {"data": f"{tmp_path}/finetune.json", "images": f"{tmp_path}/images", "workers": 0, "epochs": 2,
+            "global_batch": 16, "micro_batch": 8, "max_steps": 12}  # fmt: skip
     for name in "small", "large":
         dpt.main(
-            [
-                "--vision",
-                f"{BASE}/siglip",
-                "--llm",
-                f"{BASE}/qwen-{name}",
-                *data,
-                "--out",
-                f"{tmp_path}/{name}",
-            ]
+            command_line(vision=f"{BASE}/siglip", llm=f"{BASE}/qwen-{name}", out=f"{tmp_path}/{name}", **data)
         )
     curves = []
-    for name, patch in (("plain", ("token_losses", plain_token_losses)), ("chunked", None)):
-        if patch:
-            monkeypatch.setattr(dft, *patch)
-        else:
-            monkeypatch.undo()
-            monkeypatch.setattr(fused, "CHUNK", 50 * 512)  # 50 rows
-        dft.main(["--student", f"{tmp_path}/small", "--teacher", f"{tmp_path}/large", *data, "--lr", "2e-3",
-                  "--out", f"{tmp_path}/{name}"])  # fmt: skip
-        curves.append(log_of(tmp_path / name))
-    plain, chunked = (
-        [[line[k] for k in ("loss", "l_reg", "l_res", "l_vis", "l_rel")] for line in c] for c in curves
-    )
+    for name in "plain", "chunked":
+        with monkeypatch.context() as patch:
+            if name == "plain":
+                patch.setattr(dft, "over_rows", over_full_logits)
+            else:
+                patch.setattr(chunks, "CHUNK", 50 * 512)  # 50 rows
+            dft.main(command_line(student=f"{tmp_path}/small", teacher=f"{tmp_path}/large", lr=2e-3,
+                                  out=f"{tmp_path}/{name}", **data))  # fmt: skip
+        keys = ("loss", "l_reg", "l_res", "l_vis", "l_rel")
+        curves.append([[line[k] for k in keys] for line in log_of(tmp_path / name)])
+    plain, chunked = curves
     assert plain[-1][0] < 0.8 * plain[0][0]
     for a, b in zip(plain, chunked):
         assert b == pytest.approx(a, rel=1e-3, abs=1e-5)

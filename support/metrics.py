@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 
-from flags import InputError
+from support.flags import InputError
 
 
 def exact_match(questions: list[dict], answers: list[str]) -> dict:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import evaluate
-from metrics import exact_match, hallucination, read_vocabulary
+from support.metrics import exact_match, hallucination, read_vocabulary
 
 # Every row there can be, in the table's order, and its colour.
 COLORS = {

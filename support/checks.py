@@ -6,26 +6,19 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import transformers as hf
 from PIL import Image, ImageOps
 from torch import nn
 
-from flags import InputError
-from index import records
+from support.flags import InputError
 
 hf.utils.logging.disable_progress_bar()  # the stages have one of their own
 hf.utils.logging.set_verbosity_error()  # what matters of loading is checked in `complete`
 
 IMAGE_TOKEN = "<image>"
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
-
-
-def read_records(path: str | Path) -> list[tuple[str, dict]]:
-    """All records of a small file that is one JSON list, or one object a line, each with where it stands."""
-    return [(where, record) for *_, where, record in records(path)]
 
 
 def check_sample(where: str, record: object, image_root: str) -> tuple[list[dict], list[str]]:

@@ -1,6 +1,6 @@
 """The toy world: pictures, captions and questions, and the pre-trained parts that a user would download.
 
-    python toy_world.py        make the base weights in assets/toy again, from a seed
+    python -m lab.world        make the base weights in assets/toy again, from a seed
 
 32 x 32 pictures of one to three coloured shapes stand for LLaVA's images, with captions and questions about
 them; a tiny SigLIP that knows shapes and colours, and tiny Qwen2s that answer the same questions about scenes
@@ -26,9 +26,9 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from common import set_lr
+from support.run import set_lr
 
-BASE = Path(__file__).parent / "assets" / "toy"
+BASE = Path(__file__).parent.parent / "assets" / "toy"
 SIZE, CELL = 32, 16  # pixels of a picture and of one cell of its 2 x 2 grid
 COLORS = {
     "red": (220, 40, 40),

@@ -1,4 +1,4 @@
-"""Command lines: flags and their help, the flags that all stages share, and errors for their user."""
+"""Command lines: flags with their help, the flags that all stages share, and errors for their user."""
 
 from __future__ import annotations
 
@@ -12,16 +12,13 @@ class InputError(Exception):
     """Something the user gave is wrong; the message says what, where, and what to do about it."""
 
 
-def cli(main: Callable[[], None]) -> None:
+def cli(main: Callable[[], object]) -> None:
     """Run a script's `main`; an InputError becomes one sentence on stderr and exit code 2."""
     try:
         main()
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-
-
-# ---------------------------------------------------------------------------------- command line
 
 
 def positive(text: str) -> int:
@@ -51,7 +48,8 @@ def add_flags(parser: argparse.ArgumentParser, title: str, rows: list[tuple]) ->
     for name, kind, default, text in rows:
         options = {"required": True, "help": text}
         if default is not ...:
-            options = {"default": default, "help": f"{text} (default: {str(default).replace('%', '%%')})"}
+            shown = "" if default is None else f" (default: {default})".replace("%", "%%")
+            options = {"default": default, "help": text + shown}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(kind, list):
@@ -61,37 +59,67 @@ def add_flags(parser: argparse.ArgumentParser, title: str, rows: list[tuple]) ->
         group.add_argument(name, **options)
 
 
+def command_line(**flags: object) -> list[str]:
+    """What argparse reads as these flags: `None` is left out, `True` is --flag, `False` is --no-flag."""
+    words = []
+    for name, value in flags.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return words
+
+
+def add_distillation_flags(parser: argparse.ArgumentParser, gamma: float, relation: str, source: str) -> None:
+    """The weights of Eqs. (6) and (7) of LLaVA-KD, with the default form and weight of the relation loss."""
+    # fmt: off
+    add_flags(parser, "distillation", [
+        ("--teacher_dtype", ("auto", "bf16", "fp32"), "auto", "of the teacher's weights; auto: as --dtype"),
+        ("--targets", ["response", "visual", "prompt"], ["response", "visual"],
+         "rows whose distribution is distilled (MDist); KD Table 4"),
+        ("--alpha", float, 1.0, f"weight of L_res (CKD: L_txt); {source}"),
+        ("--beta", float, 1.0, f"weight of L_vis; {source}"),
+        ("--gamma", float, gamma, f"weight of L_rel (RDist; CKD: L_cos), 0: off; {source}"),
+        ("--relation", ("matrix", "columns"), relation, "L_rel of R whole, KD Eq. 5; by column, CKD Eq. 6"),
+        ("--delta", float, 1.0, "weight of the prompt's KL, if it is a target"),
+    ])
+    # fmt: on
+
+
 def add_training_flags(parser: argparse.ArgumentParser, lr: float, batch: int, source: str) -> None:
     """The flags that every stage has, with the stage's own defaults; `source` says where those come from."""
     # fmt: off
     add_flags(parser, "data", [
         ("--data", str, ..., "training samples in LLaVA format, .json or .jsonl"),
-        ("--images", str, ".", "folder that image paths are relative to"),
-        ("--max_len", positive, 2048, "longest sequence in tokens, an image counts Np; as LLaVA-1.5"),
+        ("--images", str, ".", "folder that the image paths in DATA start from"),
+        ("--max_len", positive, 2048, "longest sequence in tokens, with all visual tokens; as LLaVA-1.5"),
         ("--group_by_modality", bool, True, "image and text-only samples in separate batches; as LLaVA-1.5"),
-        ("--skip_bad", natural, 0, "go on without up to this many unreadable images, counted and reported"),
+        ("--skip_bad", natural, 0, "leave out up to this many samples whose image cannot be read"),
         ("--workers", natural, 4, "data processes per rank"),
     ])
     add_flags(parser, "training", [
         ("--out", str, ..., "folder for the checkpoint and log.jsonl"),
         ("--lr", float, lr, f"peak learning rate; {source}"),
-        ("--global_batch", positive, batch, f"samples per optimizer step, all ranks together; {source}"),
-        ("--micro_batch", positive, 4, "samples per rank and forward pass: what fits into memory"),
-        ("--epochs", positive, 1, "passes over the data; the papers'"),
-        ("--max_steps", natural, 0, "stop after this many steps, 0: no limit"),
-        ("--warmup", float, 0.03, "share of the steps that warm up, a cosine follows; as LLaVA-1.5"),
+        ("--global_batch", positive, batch, f"samples per optimizer step, over all ranks; {source}"),
+        ("--micro_batch", positive, 4, "samples per rank and forward pass: as many as fit into memory"),
+        ("--epochs", positive, 1, "passes over the data; as in the papers"),
+        ("--max_steps", natural, 0, "end after this many steps, 0: no limit"),
+        ("--warmup", float, 0.03, "share of the steps in which the rate rises, then a cosine; as LLaVA-1.5"),
         ("--weight_decay", float, 0.0, "AdamW's; as LLaVA-1.5"),
         ("--max_grad_norm", float, 1.0, "gradients are clipped to this norm; as TinyLLaVA's trainer"),
-        ("--seed", int, 0, "of the projector and the order of samples"),
+        ("--seed", int, 0, "of the new projector and the order of samples"),
     ])
     add_flags(parser, "interruptions", [
         ("--save_every", natural, 1000, "steps between training states in OUT/state, 0: only on a signal"),
         ("--keep", positive, 2, "training states to keep"),
-        ("--resume", bool, True, "go on where an interrupted run in OUT was; without, it starts again"),
-        ("--max_bad_steps", natural, 0, "leave out the update of up to this many steps that are not finite"),
+        ("--resume", bool, None, "default: an interrupted run in OUT goes on if its code is unchanged; "
+         "--resume: even if its code has changed; --no-resume: the run starts again"),
+        ("--max_bad_steps", natural, 0, "steps that may have an infinite or undefined loss or gradient; "
+         "their updates are left out"),
     ])
     add_flags(parser, "system", [
-        ("--dtype", ("auto", "bf16", "fp32"), "auto", "of arithmetic, weights stay fp32; auto: bf16 on CUDA"),
+        ("--dtype", ("auto", "bf16", "fp32"), "auto",
+         "precision of the arithmetic, trained weights stay fp32; auto: bf16 on CUDA, else fp32"),
         ("--gradient_checkpointing", bool, False, "recompute the student's layers in the backward pass"),
     ])
     # fmt: on

@@ -1,0 +1,1 @@
+"""The toy world, its report, and the benchmarks."""

@@ -1,0 +1,1 @@
+"""What nobody forks: processes, run folder and state, flags, rows in chunks, checks of what users bring."""

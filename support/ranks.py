@@ -1,0 +1,113 @@
+"""The processes of a run: torchrun's, or one alone. Their device, DDP wrapper, and signals."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import multiprocessing.util  # registers its own ending first, so that ours comes before it
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Ranks:
+    """This process's place in the run: `rank` of `world`, on `device`. Made by `process_group`."""
+
+    def __init__(self, device: torch.device):
+        self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
+        self._ddp: DistributedDataParallel | None = None
+        self._handlers: dict[int, object] = {}
+        self._signalled = False
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """The sum of all ranks' tensors, in place."""
+        dist.all_reduce(numbers)
+        return numbers
+
+    # ------------------------------------------------------------------ gradients
+
+    def data_parallel(self, student: nn.Module) -> Callable[..., Tensor]:
+        """The student's forward pass under DDP; for a single rank, which has no others, the student itself.
+
+        The wrapper lives here, so that it is gone before the process group: else a run can hang at its end.
+        """
+        if self.world == 1:
+            return student
+        self._ddp = DistributedDataParallel(student, forward_sync_buffers=False, gradient_as_bucket_view=True)
+        return lambda *inputs: self._ddp(*inputs)
+
+    def exchange_gradients(self, now: bool) -> contextlib.AbstractContextManager:
+        """Around a forward pass: whether its backward pass ends with the mean of gradients over ranks."""
+        return contextlib.nullcontext() if now or self._ddp is None else self._ddp.no_sync()
+
+    # ------------------------------------------------------------------ signals
+
+    def catch_signals(self) -> None:
+        """From here on SIGTERM and SIGINT do not end the process, but are what `stop_was_asked` asks for."""
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+            for number in signal.SIGTERM, signal.SIGINT:
+                self._handlers[number] = signal.signal(number, self._note_signal)
+
+    def _note_signal(self, *_: object) -> None:
+        self._signalled = True
+
+    def stop_was_asked(self) -> bool:
+        """Whether any rank has caught a signal; the same answer on every rank."""
+        return bool(self.sum(torch.tensor(float(self._signalled), device=self.device)))
+
+    def let_go(self) -> None:
+        """Free the DDP wrapper and give the signals back to whoever had them."""
+        self._ddp = None
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[Ranks]:
+    """torchrun's processes, or a group of one. Inside another `process_group`, the same group again."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    outermost = not dist.is_initialized()
+    if outermost:
+        store = dist.HashStore()  # of a group of one, so that there is one code path
+        if "RANK" in os.environ:
+            # Ranks that torchrun starts again would find the dead ones' addresses in its store: each attempt
+            # has names of its own there.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"attempt {attempt}", next(rendezvous("env://"))[0])
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    ranks = Ranks(device)
+    try:
+        yield ranks
+    except Exception:
+        outermost = outermost and world == 1  # after an error other ranks may never answer
+        raise
+    finally:
+        ranks.let_go()
+        if outermost:
+            dist.destroy_process_group()
+
+
+def ignore_signals(_: int) -> None:
+    """In a data process: a signal to the whole group is for the training process, which ends its step."""
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_data_processes() -> None:
+    """They ignore the signal that Python would end them with, and Python would wait for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        child.kill()
