@@ -21,7 +21,7 @@ import dft
 import dpt
 import sft
 from model import check_teachers
-from support.flags import add_distillation_flags, add_flags, cli, command_line, new_parser, positive
+from support.flags import add_flags, add_kd_flags, add_student_flags, cli, command_line, new_parser, positive
 from support.ranks import process_group
 
 DISTILLATION = ("teacher_dtype", "targets", "alpha", "beta", "gamma", "relation", "delta")
@@ -29,17 +29,14 @@ DISTILLATION = ("teacher_dtype", "targets", "alpha", "beta", "gamma", "relation"
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     parser = new_parser(__doc__)
-    # fmt: off
-    add_flags(parser, "models", [
+    add_student_flags(parser, llm="Qwen2.5-0.5B")
+    add_flags(parser, "cascade", [
         ("--teachers", [str], ..., "LLaVA checkpoints, hub names or folders, the weakest first"),
-        ("--vision", str, None, "vision tower of a new student, hub name or folder; CKD: SigLIP-so400m-384"),
-        ("--llm", str, None, "language model of a new student, hub name or folder; CKD: Qwen2.5-0.5B"),
-        ("--student", str, None, "LLaVA checkpoint to train, instead of --vision and --llm"),
         ("--strategy", ("bottom-up", "top-down"), "bottom-up", "who learns from whom; CKD Table 3"),
         ("--assistant_llms", [str], None, "top-down: language models of new assistants, one for each teacher "
          "but the last; without them, those teachers are distilled further"),
-    ])
-    add_distillation_flags(parser, gamma=1.0, relation="columns", source="CKD §4.1")
+    ])  # fmt: skip
+    add_kd_flags(parser, gamma=1.0, relation="columns", source="CKD §4.1")
     add_flags(parser, "training", [
         ("--pretrain_data", str, ..., "image-caption pairs of DPT"),
         ("--finetune_data", str, ..., "instructions of SFT and DFT"),
@@ -49,8 +46,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
         ("--finetune_lr", float, 2e-5, "peak learning rate of SFT and DFT; CKD §4.1"),
         ("--finetune_batch", positive, 128, "samples per step of SFT and DFT; CKD §4.1"),
         ("--out", str, ..., "folder for a folder per teacher with dpt, sft and dft in it"),
-    ])
-    # fmt: on
+    ])  # fmt: skip
     args, shared = parser.parse_known_args(argv)
     assisted = args.strategy == "top-down" and args.vision and len(args.teachers) - 1
     if args.assistant_llms and len(args.assistant_llms) != assisted:

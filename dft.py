@@ -11,25 +11,23 @@ import argparse
 
 import torch
 
-from data import Encoder, LlavaData, count_rows, micro_batches, schedule
+from data import LlavaData, count_rows, micro_batches, schedule
 from losses import autoregressive_loss, prompt_kl, relation_loss, response_kl, self_correlation, visual_kl
 from model import Llava, load_teacher
 from support.chunks import gram, over_rows
-from support.flags import add_distillation_flags, add_flags, add_training_flags, cli, new_parser
+from support.flags import add_flags, add_kd_flags, add_training_flags, cli, new_parser
 from support.ranks import process_group
-from support.run import all_finite, begin, check_samples, open_run, precision, save_student, set_lr, write_log
+from support.run import all_finite, begin, check_samples, open_run, save_student, set_lr, write_log
 from support.state import load_state, save_state_if_due, stop_if_asked
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
-    # fmt: off
     add_flags(parser, "models", [
         ("--student", str, ..., "LLaVA checkpoint to train, hub name or folder"),
         ("--teacher", str, ..., "LLaVA checkpoint to learn from, hub name or folder"),
-    ])
-    # fmt: on
-    add_distillation_flags(parser, gamma=0.5, relation="matrix", source="KD §4.1")
+    ])  # fmt: skip
+    add_kd_flags(parser, gamma=0.5, relation="matrix", source="KD §4.1")
     add_training_flags(parser, lr=2e-5, batch=128, source="KD §4.1, 16 a GPU x 8")
     return parser.parse_args(argv)
 
@@ -44,17 +42,15 @@ def main(argv: list[str] | None = None) -> None:
 
         # ---- models, and what is trained
         student = Llava.from_checkpoint(args.student).to(ranks.device)
-        teacher = load_teacher(args.teacher, student, precision(args.teacher_dtype, run.dtype))
+        teacher = load_teacher(args, student, run.dtype)
         student.requires_grad_(True).vision_tower.requires_grad_(False)
         trained = [p for p in student.parameters() if p.requires_grad]
         if args.gradient_checkpointing:
-            student.checkpoint_activations()
+            student.language_model.activation_checkpointing_enable({"use_reentrant": False})
         forward = ranks.data_parallel(student.train())
 
         # ---- data, optimizer, and where an interrupted run was
-        encoder = Encoder(student.processor, student.n_visual_tokens, args.max_len)
-        processors = [model.processor for model in (student, teacher) if model.vision_tower]
-        data = LlavaData(args.data, args.images, encoder, processors, args.skip_bad)
+        data = LlavaData(args, student, teacher)
         steps = schedule(data, args)
         optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
         first = load_state(run, student, optimizer)
@@ -67,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         w_s, w_t = student.lm_head.weight, teacher.lm_head.weight  # (V_s, D_s), (V_t, D_t)
         gram_t = gram(w_t, w_s) if args.gamma else None  # (D_t, D_t)
         for step, micros in micro_batches(data, steps, first, run):
+            torch.manual_seed(hash((args.seed, step, ranks.rank)))  # the same after an interruption
             lr = set_lr(optimizer, step, len(steps), args.lr, args.warmup)
             n = count_rows(micros, ranks)  # rows of each kind in the global batch
             check_samples(run, micros, n.bad)

@@ -13,32 +13,26 @@ import argparse
 
 import torch
 
-from data import Encoder, LlavaData, count_rows, micro_batches, schedule
+from data import LlavaData, count_rows, micro_batches, schedule
 from losses import autoregressive_loss, prompt_kl, relation_loss, response_kl, self_correlation, visual_kl
 from model import load_teacher, new_student
 from support.chunks import gram, over_rows
-from support.flags import add_distillation_flags, add_flags, add_training_flags, cli, new_parser
+from support.flags import add_flags, add_kd_flags, add_student_flags, add_training_flags, cli, new_parser
 from support.ranks import process_group
-from support.run import all_finite, begin, check_samples, open_run, precision, save_student, set_lr, write_log
+from support.run import all_finite, begin, check_samples, open_run, save_student, set_lr, write_log
 from support.state import load_state, save_state_if_due, stop_if_asked
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
-    # fmt: off
-    add_flags(parser, "models", [
-        ("--vision", str, None, "vision tower of a new student, hub name or folder; KD: SigLIP-so400m-384"),
-        ("--llm", str, None, "language model of a new student, hub name or folder; KD: Qwen1.5-0.5B or 1.8B"),
-        ("--student", str, None, "LLaVA checkpoint to train, instead of --vision and --llm"),
+    add_student_flags(parser, llm="Qwen1.5-0.5B or 1.8B")
+    add_flags(parser, "training", [
         ("--teacher", str, None, "LLaVA checkpoint to learn from; without it, plain pre-training"),
         ("--caption_only", bool, True, "train on image and answer, without the question; as LLaVA-1.5"),
-    ])
-    # fmt: on
-    add_distillation_flags(parser, gamma=0.5, relation="matrix", source="KD §4.1")
+    ])  # fmt: skip
+    add_kd_flags(parser, gamma=0.5, relation="matrix", source="KD §4.1")
     add_training_flags(parser, lr=1e-3, batch=256, source="KD §4.1, 32 a GPU x 8")
     args = parser.parse_args(argv)
-    if bool(args.student) == bool(args.vision and args.llm) or bool(args.vision) != bool(args.llm):
-        parser.error("give either --vision and --llm, for a new student, or --student")
     if args.teacher and "prompt" in args.targets and args.caption_only:
         parser.error("with --caption_only there are no prompt tokens to distil: add --no-caption_only")
     if not args.teacher:
@@ -58,17 +52,15 @@ def main(argv: list[str] | None = None) -> None:
         student = new_student(args).to(ranks.device)
         teacher = None
         if args.teacher:
-            teacher = load_teacher(args.teacher, student, precision(args.teacher_dtype, run.dtype))
+            teacher = load_teacher(args, student, run.dtype)
         student.requires_grad_(False).multi_modal_projector.requires_grad_(True)
         trained = [p for p in student.parameters() if p.requires_grad]
         if args.gradient_checkpointing:
-            student.checkpoint_activations()
+            student.language_model.activation_checkpointing_enable({"use_reentrant": False})
         forward = ranks.data_parallel(student.train())
 
         # ---- data, optimizer, and where an interrupted run was
-        encoder = Encoder(student.processor, student.n_visual_tokens, args.max_len, args.caption_only)
-        processors = [model.processor for model in (student, teacher) if model and model.vision_tower]
-        data = LlavaData(args.data, args.images, encoder, processors, args.skip_bad)
+        data = LlavaData(args, student, teacher)
         steps = schedule(data, args)
         optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
         first = load_state(run, student, optimizer)
@@ -81,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         w_s, w_t = student.lm_head.weight, teacher.lm_head.weight if teacher else None  # (V, D)
         gram_s, gram_t = (gram(w_s, w_t), gram(w_t, w_s)) if args.gamma else (None, None)  # (D, D)
         for step, micros in micro_batches(data, steps, first, run):
+            torch.manual_seed(hash((args.seed, step, ranks.rank)))  # the same after an interruption
             lr = set_lr(optimizer, step, len(steps), args.lr, args.warmup)
             n = count_rows(micros, ranks)  # rows of each kind in the global batch
             check_samples(run, micros, n.bad)

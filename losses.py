@@ -1,6 +1,4 @@
-"""The numbered losses of the three papers, one function each. Pure tensor mathematics; imports only torch.
-
-What stands here is what is differentiated: the stages pass these functions' values to autograd.
+"""The numbered losses of the three papers, one function each: what stands here is what is differentiated.
 
 Glossary of shapes
     B   samples in a batch                    T   positions of the padded sequence
@@ -19,8 +17,6 @@ Conventions, for every function
     * Without any row a loss is 0, and so is its gradient.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,9 +27,6 @@ Weights = Tensor | float | None
 def weighted_sum(rows: Tensor, weights: Weights) -> Tensor:
     """sum_n w_n rows_n; without weights the mean, which is 0 for no rows."""
     return rows.sum() / max(rows.numel(), 1) if weights is None else (rows * weights).sum()
-
-
-# ------------------------------------------------------------------------------ token losses (KD Eqs. 1-3)
 
 
 def autoregressive_loss(log_s: Tensor, y: Tensor, weights: Weights = None) -> Tensor:
@@ -91,9 +84,6 @@ def prompt_kl(log_s: Tensor, log_t: Tensor, weights: Weights = None) -> Tensor:
     return weighted_sum(kl_divergence(log_s, log_t), weights)
 
 
-# ------------------------------------------------------------------------------ relation loss (KD Eqs. 4-5)
-
-
 def self_correlation(y: Tensor, gram: Tensor | None = None) -> Tensor:
     """R_v = y_v (x) y_v = y_v y_v^T                                         Eq. (4), arXiv 2410.16236v1
 
@@ -102,7 +92,7 @@ def self_correlation(y: Tensor, gram: Tensor | None = None) -> Tensor:
     gram  (D, D)      G = W^T W of the language-model head W (V, D): then y y^T = h W^T W h^T = h G h^T
     Returns (n, Np, Np). Departure: the paper leaves open whether y are logits or probabilities; here logits.
     """
-    y = y if y.dtype == torch.float64 else y.float()
+    y = y.to(torch.promote_types(y.dtype, torch.float32))
     return y @ y.mT if gram is None else y @ gram @ y.mT
 
 
@@ -124,15 +114,9 @@ def relation_loss(r_s: Tensor, r_t: Tensor, weights: Weights = None, columns: bo
 
 def _unit(r: Tensor, dims: tuple[int, ...]) -> Tensor:
     """r / |r|, zero where r is zero. The largest entry is divided out first: squares of R can pass fp32."""
-    r = r / _nonzero(r.detach().abs().amax(dims, keepdim=True))
-    return r / _nonzero(r.square().sum(dims, keepdim=True)).sqrt()
-
-
-def _nonzero(x: Tensor) -> Tensor:
-    return torch.where(x > 0, x, 1.0)
-
-
-# ------------------------------------------------------------------------------ LLaVA-MoD: the sparse student
+    nonzero = lambda x: torch.where(x > 0, x, 1.0)  # noqa: E731
+    r = r / nonzero(r.detach().abs().amax(dims, keepdim=True))
+    return r / nonzero(r.square().sum(dims, keepdim=True)).sqrt()
 
 
 def routing(
@@ -146,7 +130,7 @@ def routing(
     noise        (N, E)  added to the scores when experts are picked, not to the kept values (RSample)
     Returns r (N, E), the kept values (N, k) and which experts they belong to (N, k).
     """
-    scores = scores if scores.dtype == torch.float64 else scores.float()
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     r = F.softmax(scores, dim=-1)
     chosen = (r if noise is None else scores + noise).topk(top_k, dim=-1).indices
     kept = r.gather(-1, chosen)
@@ -162,9 +146,6 @@ def balance_loss(r: Tensor, load: Tensor, weights: Weights = None) -> Tensor:
     Returns a scalar, 1 where load or routing values are uniform, at most E.
     """
     return weighted_sum((r * load.detach()).sum(-1), weights) * r.shape[-1]
-
-
-# ------------------------------------------------------------------------------ preference losses (MoD Eq. 8)
 
 
 def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, weights: Weights = None) -> Tensor:

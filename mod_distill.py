@@ -18,22 +18,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from data import Batch, Counts, Encoder, LlavaData, PreferenceData, count_rows, micro_batches, schedule
-from losses import (
-    autoregressive_loss,
-    dpo_loss,
-    kl_baseline,
-    kto_loss,
-    log_probability,
-    prompt_kl,
-    response_kl,
-)
+import losses
+from data import Batch, Counts, LlavaData, count_rows, micro_batches, schedule
+from losses import autoregressive_loss, kl_baseline, prompt_kl, response_kl
 from model import Llava, load_teacher
-from moe import balance, expert_load, is_sparse, prepare, route, routers_and_experts, sparsify
+from moe import Experts, Router, balance, expert_load, is_sparse, parts, prepare, route, sparsify
 from support.chunks import Head, over_rows, values_of_rows
-from support.flags import InputError, add_flags, add_training_flags, cli, new_parser, positive
+from support.flags import add_flags, add_training_flags, cli, new_parser, positive, require, weight
 from support.ranks import process_group
-from support.run import all_finite, begin, check_samples, open_run, precision, save_student, set_lr, write_log
+from support.run import all_finite, begin, check_samples, open_run, save_student, set_lr, write_log
 from support.state import load_state, save_state_if_due, stop_if_asked
 
 STEPS = ("d2d", "d2s", "pd")
@@ -45,17 +38,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     first.add_argument("--step", choices=STEPS)
     step = first.parse_known_args(argv)[0].step
     parser = new_parser(__doc__)
-    # fmt: off
     add_flags(parser, "models", [
         ("--step", STEPS, ..., "d2d and d2s: mimic distillation; pd: preference distillation"),
         ("--student", str, ..., "LLaVA checkpoint to train, hub name or folder; dense for d2d and d2s"),
         ("--teacher", str, None, "LLaVA checkpoint to learn from, hub name or folder; none with --kl 0"),
         ("--teacher_dtype", ("auto", "bf16", "fp32"), "auto", "of the teacher's weights; auto: as --dtype"),
-    ])
+    ])  # fmt: skip
     only = {MIMIC: [
         ("--distill", ("response", "response+instruction"), "response", "rows of the KL; MoD Table 7"),
-        ("--kl", float, 1.0, "weight of the KL, 0: none, and no teacher; MoD Eqs. 6, 7"),
-        ("--ar", float, float(step == "d2s"), "weight of Eq. (1); MoD Eqs. 6, 7: 0 in d2d, 1 in d2s"),
+        ("--kl", weight, 1.0, "weight of the KL, 0: none, and no teacher; MoD Eqs. 6, 7"),
+        ("--ar", weight, float(step == "d2s"), "weight of Eq. (1); MoD Eqs. 6, 7: 0 in d2d, 1 in d2s"),
     ], ("d2s",): [
         ("--experts", positive, 4, "copies of each FFN; MoD §4.1"),
         ("--top_k", positive, 2, "experts that each token gets; MoD §4.1"),
@@ -63,14 +55,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ("--renormalise", bool, True, "kept routing values sum to 1; without: as MoD Eq. (3)"),
     ], SPARSE: [
         ("--router", ("topk", "rsample", "jitter"), "topk", "how experts are picked; MoD Table 14"),
-        ("--balance", float, 0.01, "weight of the balance loss; released code"),
+        ("--balance", weight, 0.01, "weight of the balance loss; released code"),
     ], ("pd",): [
         ("--po", ("kto", "dpo"), "kto", "preference loss; MoD Tables 15, 16"),
-        ("--beta", float, 0.1, "beta of Eq. (8), the strength of the reference; TRL"),
-    ]}
+        ("--beta", weight, 0.1, "beta of Eq. (8), the strength of the reference; TRL"),
+    ]}  # fmt: skip
     for steps, rows in only.items():
         add_flags(parser, f"--step {' and '.join(steps)}", rows)
-    # fmt: on
     lr = 2e-6 if step == "pd" else 2e-5
     add_training_flags(parser, lr, batch=128, source="MoD A.1, Table 10, released code")
     args = parser.parse_args(argv)
@@ -94,33 +85,29 @@ def main(argv: list[str] | None = None) -> None:
 
         # ---- models, and what is trained
         student = Llava.from_checkpoint(args.student)
-        check_form(student, args)
+        pd = "is dense: --step pd goes on from --step d2s, run that first"
+        mimic = f"is sparse already: --step {args.step} begins with a dense student"
+        require(is_sparse(student) == preference, f"{args.student} {pd if preference else mimic}")
         if args.step == "d2s":
             sparsify(student, args.experts, args.top_k, args.moe_layers, args.renormalise)
         student.to(ranks.device).requires_grad_(not sparse).vision_tower.requires_grad_(False)
         student.multi_modal_projector.requires_grad_(True)
         if sparse:
             prepare(student, args.router)
-            for part in routers_and_experts(student):
+            for part in parts(student, Router) + parts(student, Experts):
                 part.requires_grad_(True)
-        teacher = None
-        if args.teacher:
-            teacher = load_teacher(args.teacher, student, precision(args.teacher_dtype, run.dtype))
+        teacher = load_teacher(args, student, run.dtype)  # None with --kl 0
         trained = [p for p in student.parameters() if p.requires_grad]
         if args.gradient_checkpointing:
-            student.checkpoint_activations()
+            student.language_model.activation_checkpointing_enable({"use_reentrant": False})
         forward = ranks.data_parallel(student.train())
-        torch.manual_seed(args.seed + ranks.rank)  # router noise of its own on every rank
 
         # ---- data, optimizer, and where an interrupted run was
-        encoder = Encoder(student.processor, student.n_visual_tokens, args.max_len)
-        processors = [model.processor for model in (student, teacher) if model and model.vision_tower]
-        dataset = PreferenceData if preference else LlavaData
-        data = dataset(args.data, args.images, encoder, processors, args.skip_bad)
+        data = LlavaData(args, student, teacher, pairs=preference)
         steps = schedule(data, args)
-        optimizer = torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(  # betas: MoD Table 10
             trained, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.98), fused=True
-        )  # betas: MoD Table 10
+        )
         first = load_state(run, student, optimizer)
         begin(run, student, data, len(steps), first)
 
@@ -132,29 +119,29 @@ def main(argv: list[str] | None = None) -> None:
             batch: Batch, forward: Callable[..., Tensor]
         ) -> tuple[Tensor, Tensor | None, Tensor | None]:
             """Hidden states (B, T, D) of student and teacher, and the log-ratios of pairs (2, B)."""
+            answers = (2, 1, 1) if preference else (1, 1, 1)  # that see one image
             with run.autocast():
-                answers = (2, 1, 1) if preference else (1, 1, 1)  # that see one image
                 z = student.encode_images(batch.pixel_values).repeat(answers)  # (n, Np, C)
                 route(student, batch.attention_mask)
-                h_s, h_t = forward(batch.input_ids, batch.attention_mask, z), None
+                h_s, h_t = forward(batch.input_ids, batch.attention_mask, z).to(run.dtype), None
                 if teacher:
                     with torch.no_grad():
                         if teacher.vision_tower:
                             z = teacher.encode_images(batch.teacher_pixels).repeat(answers)
                         h_t = teacher(batch.input_ids, batch.attention_mask, z)
-            h_s = h_s.to(run.dtype)
             return h_s, h_t, log_ratios(batch, (h_s, w_s), (h_t, w_t)) if preference else None
 
         def sums(ratios: Tensor | None) -> Tensor:
             """Of the batch just passed: its summed log-ratios (2,), then the tokens that each expert got."""
             of_pairs = torch.zeros(2, device=ranks.device) if ratios is None else ratios.detach().sum(1)
-            return torch.cat([of_pairs.double(), expert_load(student).flatten()])
+            return torch.cat([of_pairs.double(), expert_load(student).flatten().double()])
 
         for step, micros in micro_batches(data, steps, first, run):
+            torch.manual_seed(hash((args.seed, step, ranks.rank)))  # the same after an interruption
             lr = set_lr(optimizer, step, len(steps), args.lr, args.warmup)
             n = count_rows(micros, ranks)  # rows of each kind in the global batch
             check_samples(run, micros, n.bad)
-            losses, whole = [], None  # whole: `sums` over the global batch, which some losses must know
+            logged, whole = [], None  # whole: `sums` over the global batch, which some losses must know
             if sparse and len(micros) > 1:
                 with torch.no_grad(), torch.random.fork_rng():  # router noise will be the same again below
                     ahead = (passes(batch.to(ranks.device), student)[2] for batch in micros)
@@ -174,35 +161,18 @@ def main(argv: list[str] | None = None) -> None:
                     load = load / load.sum(1, keepdim=True)
                     l_bal = balance(student, load, n.tokens)
                     loss, terms = loss + args.balance * l_bal, terms | {"l_bal": l_bal}
-                    for e, share in enumerate(load.mean(0) / (ranks.world * len(micros))):
-                        terms[f"expert_{e}"] = share
+                    shares = load.mean(0) / (ranks.world * len(micros))
+                    terms |= {f"expert_{e}": share for e, share in enumerate(shares)}
                 (ranks.world * loss).backward()  # DDP divides by the number of ranks
-                losses.append({"loss": loss} | terms)
+                logged.append({"loss": loss} | terms)
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
-            if all_finite(run, step, losses, grad_norm, micros):
+            if all_finite(run, step, logged, grad_norm, micros):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=ranks.world == 1)  # DDP keeps gradients where they are
-            write_log(run, step, lr, losses, grad_norm, n.tokens)
+            write_log(run, step, lr, logged, grad_norm, n.tokens)
             save_state_if_due(run, step, student, optimizer)
             stop_if_asked(run, step, student, optimizer)
         save_student(run, student)
-
-
-def check_form(student: Llava, args: argparse.Namespace) -> None:
-    """Refuse a sparse student for mimic distillation, and a dense one for preference distillation."""
-    if is_sparse(student) and args.step in MIMIC:
-        raise InputError(f"{args.student} is sparse already: --step {args.step} begins with a dense student")
-    if not is_sparse(student) and args.step == "pd":
-        raise InputError(f"{args.student} is dense: --step pd goes on from --step d2s, run that first")
-
-
-def log_ratios(batch: Batch, student: Head, teacher: Head) -> Tensor:
-    """log pi_S(y|x) - log pi_T(y|x) of chosen and rejected answers (2, B), summed over their tokens."""
-    of_rows = values_of_rows(log_probability, batch.response, batch.targets, student)  # (N,)
-    with torch.no_grad():
-        of_rows_t = values_of_rows(log_probability, batch.response, batch.targets, teacher)
-    answer = batch.response.nonzero()[:, 0]  # (N,) that a row belongs to
-    return of_rows.new_zeros(len(batch.labels)).index_add(0, answer, of_rows - of_rows_t).view(2, -1)
 
 
 def mimic_loss(
@@ -210,7 +180,7 @@ def mimic_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L_D2D = KL and L_D2S = L_ar + KL                  Eqs. (6) and (7), arXiv 2408.15881"""
     instruction = teacher is not None and args.distill == "response+instruction"
-    n_kl = n.response + n.prompt * instruction  # rows of the KL
+    n_kl = n.response + (n.prompt if instruction else 0)  # rows of the KL
 
     def objective(response, prompt):
         l_ar = autoregressive_loss(response.log_s, response.y, 1 / n.response)
@@ -224,6 +194,16 @@ def mimic_loss(
     return over_rows(objective, kinds, batch.targets, student, teacher)
 
 
+def log_ratios(batch: Batch, student: Head, teacher: Head) -> Tensor:
+    """log pi_S(y|x) - log pi_T(y|x) of chosen and rejected answers (2, B), summed over their tokens."""
+    rows, y = batch.response, batch.targets
+    of_rows = values_of_rows(losses.log_probability, rows, y, student)  # (N,)
+    with torch.no_grad():
+        of_rows = of_rows - values_of_rows(losses.log_probability, rows, y, teacher)
+    answer = rows.nonzero()[:, 0]  # (N,) that a row belongs to
+    return of_rows.new_zeros(len(rows)).index_add(0, answer, of_rows).view(2, -1)
+
+
 def preference_loss(
     args: argparse.Namespace, ratios: Tensor, ratio_sums: Tensor, batch: Batch, n: Counts
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -235,18 +215,15 @@ def preference_loss(
     n_pairs = args.global_batch - n.bad
     weights = batch.response.any(1).chunk(2)[0] / n_pairs  # (B,), 0 for a pair whose image could not be read
     (chosen, rejected), (chosen_kl, rejected_kl) = ratios, kl_baseline(ratio_sums / n_pairs).to(ratios)
-    if args.po == "kto":
-        loss = kto_loss(chosen, rejected, chosen_kl, rejected_kl, args.beta, weights)
-        inner = torch.stack([chosen - rejected_kl, chosen_kl - rejected])
+    margin = args.beta * (chosen - rejected).detach()  # of rewards beta x log-ratio
+    if args.po == "dpo":
+        loss, inner = losses.dpo_loss(chosen, rejected, args.beta, weights), margin.unsqueeze(0)
     else:
-        loss, inner = dpo_loss(chosen, rejected, args.beta, weights), (chosen - rejected).unsqueeze(0)
-    sigmoid = torch.sigmoid(args.beta * inner.detach())
-    return loss, {
-        "l_po": loss,
-        "margin": (args.beta * (chosen - rejected).detach() * weights).sum(),  # of rewards beta x log-ratio
-        "ranked_right": ((chosen > rejected) * weights).sum(),
-        "saturated": (((sigmoid - 0.5).abs() > 0.49).double().mean(0) * weights).sum(),  # < 1 % or > 99 %
-    }  # fmt: skip
+        loss = losses.kto_loss(chosen, rejected, chosen_kl, rejected_kl, args.beta, weights)
+        inner = args.beta * torch.stack([chosen - rejected_kl, chosen_kl - rejected]).detach()
+    saturated = ((torch.sigmoid(inner) - 0.5).abs() > 0.49).double().mean(0)  # below 1 % or above 99 %
+    return loss, {"l_po": loss, "margin": (margin * weights).sum(), "saturated": (saturated * weights).sum(),
+                  "ranked_right": ((margin > 0) * weights).sum()}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """SigLIP + 2-layer GELU MLP + Qwen, assembled in the open (LLaVA-KD §3.1, arXiv 2410.16236v1).
 
     image -> vision tower -> Z_v (n, Np, C) -> projector -> H_v (n, Np, D)
-    text  -> embedding    -> H_t (B, T, D), with H_v written over its <image> positions -> LLM -> hidden (B,
-    T, D)
+    text  -> embedding    -> H_t (B, T, D), H_v written over its <image> positions -> LLM -> h (B, T, D)
 
 The towers and language models themselves are those of transformers; so is the format on disk: `Llava.save`
 writes what stock `LlavaForConditionalGeneration` and `AutoProcessor` load, and `Llava.from_checkpoint`
@@ -16,13 +15,14 @@ import copy
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import transformers as hf
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from support.checks import IMAGE_TOKEN, complete, load_stock, loading
-from support.flags import InputError
+from support.flags import InputError, require
+from support.run import precision
 
 # One template for training masks, generation and every outside tool. The answer's leading space is inside
 # the generation block: with "ASSISTANT: " a BPE would merge that space into the first answer token in
@@ -57,8 +57,6 @@ class Llava(nn.Module):
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
 
-    # ------------------------------------------------------------------ where it comes from
-
     @classmethod
     def from_parts(cls, vision: str, llm: str) -> Llava:
         """A new model from a pre-trained tower and LLM (hub names or folders) and a fresh projector."""
@@ -77,38 +75,26 @@ class Llava(nn.Module):
         if len(tokenizer) > language.config.vocab_size:  # Qwen's padding rows have room; others may not
             language.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
         has_cls = hasattr(tower.embeddings, "class_embedding")  # CLIP's; of SigLIP all tokens are patches
-        strategy = "default" if has_cls else "full"
+        select = {"vision_feature_select_strategy": "default" if has_cls else "full"}
         config = hf.LlavaConfig(  # of copies: it would reset the attention of the configs it is given
-            vision_config=copy.deepcopy(tower_config),
-            text_config=copy.deepcopy(language.config),
-            image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+            vision_config=copy.deepcopy(tower_config), text_config=copy.deepcopy(language.config),
+            image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), vision_feature_layer=-2, **select,
             image_seq_length=(tower_config.image_size // tower_config.patch_size) ** 2,
-            projector_hidden_act="gelu",
-            vision_feature_layer=-2,
-            vision_feature_select_strategy=strategy,
-            tie_word_embeddings=language.config.tie_word_embeddings,
-        )
+            projector_hidden_act="gelu", tie_word_embeddings=language.config.tie_word_embeddings,
+        )  # fmt: skip
         processor = hf.LlavaProcessor(
-            image_processor,
-            tokenizer,
-            patch_size=tower_config.patch_size,
-            vision_feature_select_strategy=strategy,
-            num_additional_image_tokens=int(has_cls),
-            chat_template=CHAT_TEMPLATE,
-        )
-        projector = Projector(tower_config.hidden_size, language.config.hidden_size)
+            image_processor, tokenizer, patch_size=tower_config.patch_size, **select,
+            num_additional_image_tokens=int(has_cls), chat_template=CHAT_TEMPLATE,
+        )  # fmt: skip
+        projector = LlavaMultiModalProjector(config)  # an MLP of two layers with a GELU between
         return cls(config, processor, tower, projector, body, language.lm_head)
 
     @classmethod
     def from_checkpoint(cls, path: str, dtype: torch.dtype = torch.float32, weights: bool = True) -> Llava:
         """A LLaVA-format checkpoint, own or published (hub name or folder), or only its shapes."""
         llava, processor = load_stock(path, dtype, weights)
-        m = llava.model
-        return cls(
-            llava.config, processor, m.vision_tower, m.multi_modal_projector, m.language_model, llava.lm_head
-        )
-
-    # ------------------------------------------------------------------ what it computes
+        parts = llava.model.vision_tower, llava.model.multi_modal_projector, llava.model.language_model
+        return cls(llava.config, processor, *parts, llava.lm_head)
 
     @property
     def n_visual_tokens(self) -> int:
@@ -133,7 +119,7 @@ class Llava(nn.Module):
         return x[:, 1:] if self.config.vision_feature_select_strategy == "default" else x
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, features: Tensor) -> Tensor:
-        """input_ids, attention_mask (B, T), features Z_v (n, Np, C) in reading order -> hidden (B, T, D).
+        """input_ids, attention_mask (B, T), features Z_v (n, Np, C) in reading order -> h (B, T, D).
 
         With n = 0 the projector still runs, on no rows: its gradient is zero rather than missing, so ranks
         whose batch has no image take part in the gradient exchange like any other.
@@ -145,45 +131,33 @@ class Llava(nn.Module):
         out = self.language_model(inputs_embeds=h, attention_mask=attention_mask, use_cache=False)
         return out.last_hidden_state
 
-    def checkpoint_activations(self) -> None:
-        """From now on the language model's layers are computed again in the backward pass, to save memory."""
-        self.language_model.activation_checkpointing_enable({"use_reentrant": False})
-
-    # ------------------------------------------------------------------ teacher and student together
-
     def check_teacher(self, teacher: Llava) -> None:
         """Refuse a teacher that does not see the student's sequence or does not speak its tokens."""
         mine, theirs = self.processor.tokenizer.get_vocab(), teacher.processor.tokenizer.get_vocab()
-        if mine != theirs:
-            token = min(t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t))
-            raise InputError(
-                "teacher and student must share the tokenizer: the student's has "
-                f"{len(mine)} tokens, the teacher's {len(theirs)}; {token!r} is id {mine.get(token)} for the "
-                f"student and {theirs.get(token)} for the teacher. Take both from one LLM family"
-            )
-        indices = self.config.image_token_index, teacher.config.image_token_index
-        if indices[0] != indices[1]:
-            raise InputError(
-                f"{IMAGE_TOKEN} is token {indices[0]} for the student and {indices[1]} for the teacher"
-            )
-        if self.n_visual_tokens != teacher.n_visual_tokens:
-            raise InputError(
-                f"an image is {self.n_visual_tokens} tokens for the student and {teacher.n_visual_tokens} "
-                "for the teacher: both must see the same sequence. Take vision towers with as many patches"
-            )
+        token = min((t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t)), default=None)
+        require(
+            token is None,
+            f"teacher and student must share the tokenizer: the student's has {len(mine)} tokens, the teacher's "
+            f"{len(theirs)}; {token!r} is id {mine.get(token)} for the student and {theirs.get(token)} for the "
+            "teacher. Take both from one LLM family",
+        )
+        ids = [m.config.image_token_index for m in (self, teacher)]
+        require(ids[0] == ids[1], "<image> is token {} for the student and {} for the teacher".format(*ids))
+        n = [m.n_visual_tokens for m in (self, teacher)]
+        advice = "both must see the same sequence. Take vision towers with as many patches"
+        require(
+            n[0] == n[1], f"an image is {n[0]} tokens for the student and {n[1]} for the teacher: {advice}"
+        )
 
     def sees_like(self, teacher: Llava) -> bool:
         """Whether both turn an image into the same features Z_v."""
         a, b = self.vision_tower.state_dict(), teacher.vision_tower.state_dict()
-        return (
-            self.processor.image_processor.to_dict() == teacher.processor.image_processor.to_dict()
-            and self.config.vision_feature_layer == teacher.config.vision_feature_layer
-            and self.config.vision_feature_select_strategy == teacher.config.vision_feature_select_strategy
-            and a.keys() == b.keys()
-            and all(a[k].shape == b[k].shape and torch.equal(a[k].to(b[k].dtype), b[k]) for k in a)
-        )
-
-    # ------------------------------------------------------------------ where it goes
+        prepare = [m.processor.image_processor.to_dict() for m in (self, teacher)]
+        read = [
+            (m.config.vision_feature_layer, m.config.vision_feature_select_strategy) for m in (self, teacher)
+        ]
+        return prepare[0] == prepare[1] and read[0] == read[1] and a.keys() == b.keys() and all(
+            a[k].shape == b[k].shape and torch.equal(a[k].to(b[k].dtype), b[k]) for k in a)  # fmt: skip
 
     def save(self, out: str | Path) -> None:
         """Write a checkpoint that `LlavaForConditionalGeneration` and `AutoProcessor` load unchanged."""
@@ -198,8 +172,8 @@ class Llava(nn.Module):
         weights = {f"{name}.{k}": v for name, part in names.items() for k, v in part.state_dict().items()}
         for name in [k for k in weights if ".mlp.experts." in k]:  # stacked in memory, published one by one
             stem, kind = name.rsplit(".", 1)
+            parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
             for e, expert in enumerate(weights.pop(name).unbind()):
-                parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
                 for part, weight in zip(parts, expert.chunk(len(parts))):
                     weights[f"{stem}.{e}.{part}.weight"] = weight.clone()  # memory of its own
         save_torch_state_dict(weights, str(out))  # safetensors, in shards if it must be
@@ -213,22 +187,27 @@ class Llava(nn.Module):
         self.processor.save_pretrained(out)
 
 
-def load_teacher(path: str, student: Llava, dtype: torch.dtype) -> Llava:
-    """A frozen teacher on the student's device, checked against the student.
+def new_student(args: argparse.Namespace) -> Llava:
+    """The checkpoint --student, or a new model from the parts --vision and --llm."""
+    given = [bool(args.vision), bool(args.llm), bool(args.student)]
+    either = given in ([True, True, False], [False, False, True])
+    require(either, "give either --vision and --llm, for a new student, or --student")
+    return Llava.from_checkpoint(args.student) if args.student else Llava.from_parts(args.vision, args.llm)
+
+
+def load_teacher(args: argparse.Namespace, student: Llava, dtype: torch.dtype) -> Llava | None:
+    """--teacher, if there is one: frozen, on the student's device, checked against the student.
 
     It has no vision tower if it sees like the student: then one pass through the student's serves both.
     """
-    device = student.lm_head.weight.device
-    teacher = Llava.from_checkpoint(path, dtype).to(device).eval().requires_grad_(False)
+    if not args.teacher:
+        return None
+    teacher = Llava.from_checkpoint(args.teacher, precision(args.teacher_dtype, dtype))
+    teacher.to(student.lm_head.weight.device).eval().requires_grad_(False)
     student.check_teacher(teacher)
     if student.sees_like(teacher):
         teacher.vision_tower = None
     return teacher
-
-
-def new_student(args: argparse.Namespace) -> Llava:
-    """The checkpoint --student, or a new model from the parts --vision and --llm."""
-    return Llava.from_checkpoint(args.student) if args.student else Llava.from_parts(args.vision, args.llm)
 
 
 def check_teachers(args: argparse.Namespace) -> None:
@@ -241,14 +220,3 @@ def check_teachers(args: argparse.Namespace) -> None:
             problems.append(f"{path}: {error}")
     if problems:
         raise InputError("; ".join(problems))
-
-
-class Projector(nn.Module):
-    """MLP of two layers with a GELU between (LLaVA-KD §3.1): Z_v (n, Np, C) -> H_v (n, Np, D)."""
-
-    def __init__(self, vision_width: int, width: int):
-        super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(vision_width, width), nn.Linear(width, width)
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.linear_2(F.gelu(self.linear_1(z)))  # (n, Np, D)

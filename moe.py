@@ -4,11 +4,9 @@
 
 The layers are those of transformers' Qwen2-MoE: a sparse checkpoint is a stock LLaVA one, with nothing of
 ours in it. While training, router and experts are replaced: the router can be noisy, leaves padding out and
-keeps what the balance loss is computed from; experts take all tokens routed to them together, however many
-there are (the published code drops those beyond a capacity of 1.5).
+keeps what the balance loss is computed from; experts take all tokens routed to them, however many there are
+(departure: the published code drops those beyond a capacity of 1.5).
 """
-
-from __future__ import annotations
 
 import copy
 
@@ -20,15 +18,9 @@ from transformers.models.qwen2_moe import modeling_qwen2_moe as stock
 
 from losses import balance_loss, routing
 from model import Llava
-from support.flags import InputError
+from support.flags import require
 
 JITTER = 1e-2  # DeepSpeed's width of the multiplicative noise
-# Which layers become sparse, out of a number of them.
-LAYERS = {
-    "every_other": lambda n: range(0, n, 2),
-    "all": lambda n: range(n),
-    "first_half": lambda n: range(n // 2),
-}
 
 
 class Router(stock.Qwen2MoeTopKRouter):
@@ -40,8 +32,7 @@ class Router(stock.Qwen2MoeTopKRouter):
     chosen: Tensor  # (N, k), and the experts
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = hidden_states.reshape(-1, self.hidden_dim)  # (N, D)
-        noise = None
+        x, noise = hidden_states.reshape(-1, self.hidden_dim), None  # (N, D)
         if self.training and self.kind == "jitter":
             x = x * torch.empty_like(x).uniform_(1 - JITTER, 1 + JITTER)
         scores = F.linear(x, self.weight)  # (N, E)
@@ -49,7 +40,7 @@ class Router(stock.Qwen2MoeTopKRouter):
             noise = -torch.empty_like(scores, dtype=torch.float32).exponential_().log()
         self.r, kept, self.chosen = routing(scores, self.top_k, self.norm_topk_prob, noise)
         chosen = self.chosen
-        if self.real is not None:  # to the stock experts, number E means none of them
+        if self.real is not None:  # to the experts, number E means none of them
             chosen = chosen.masked_fill(~self.real.unsqueeze(1), self.num_experts)
             kept = kept * self.real.unsqueeze(1)
         return scores, kept.to(scores.dtype), chosen
@@ -62,15 +53,13 @@ class Experts(stock.Qwen2MoeExperts):
         number, order = top_k_index.flatten().sort(stable=True)  # (N k,), expert by expert
         sizes = number.bincount(minlength=self.num_experts)[: self.num_experts].tolist()  # without number E
         order = order[: sum(sizes)]  # (S,)
-        token = order // top_k_index.shape[1]  # (S,)
-        experts = zip(self.gate_up_proj.unbind(), self.down_proj.unbind())
-        y = [self._expert(x, *e) for x, e in zip(hidden_states[token].split(sizes), experts)]
+        token, y = order // top_k_index.shape[1], []  # (S,)
+        xs = hidden_states[token].split(sizes)
+        for x, gate_up, down in zip(xs, self.gate_up_proj.unbind(), self.down_proj.unbind()):
+            gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+            y.append(F.linear(self.act_fn(gate) * up, down))
         y = torch.cat(y) * top_k_weights.flatten()[order].unsqueeze(1)  # (S, D)
         return torch.zeros_like(hidden_states).index_add(0, token, y.to(hidden_states.dtype))
-
-    def _expert(self, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-        return F.linear(self.act_fn(gate) * up, down)
 
 
 def sparsify(
@@ -78,93 +67,70 @@ def sparsify(
 ) -> None:
     """Sparse upcycling: each chosen layer's FFN becomes `experts` copies of itself and a linear router."""
     config = student.config.text_config
-    if config.model_type == "qwen2_moe":
-        raise InputError("the student is sparse already: --step d2s begins with the dense one of --step d2d")
-    if config.model_type != "qwen2":
-        raise InputError(
-            f"a '{config.model_type}' language model cannot be made sparse, only Qwen1.5, 2 and 2.5 ('qwen2')"
-        )
-    if not 1 <= top_k <= experts:
-        raise InputError(f"--top_k {top_k} of --experts {experts}: each token needs 1 to {experts} experts")
-    sparse = sorted(set(chosen_layers(layers, config.num_hidden_layers)))
+    only = "cannot be made sparse, only a dense Qwen1.5, 2 or 2.5 ('qwen2')"
+    require(config.model_type == "qwen2", f"a '{config.model_type}' language model {only}")
+    few = f"--top_k {top_k} of --experts {experts}: each token needs 1 to {experts} experts"
+    require(1 <= top_k <= experts, few)
     known = hf.Qwen2MoeConfig().to_dict().keys() - {"model_type", "architectures"}
-    shared = {k: v for k, v in config.to_dict().items() if k in known}
-    moe = hf.Qwen2MoeConfig(**shared | {
+    sparse, n = chosen_layers(layers, config.num_hidden_layers), config.num_hidden_layers
+    moe = hf.Qwen2MoeConfig(**{k: v for k, v in config.to_dict().items() if k in known} | {
         "num_experts": experts, "num_experts_per_tok": top_k, "norm_topk_prob": renormalise,
         "moe_intermediate_size": config.intermediate_size, "shared_expert_intermediate_size": 0,
-        "mlp_only_layers": [i for i in range(config.num_hidden_layers) if i not in sparse],
-        "architectures": ["Qwen2MoeForCausalLM"],
+        "mlp_only_layers": [i for i in range(n) if i not in sparse], "architectures": ["Qwen2MoeForCausalLM"],
     })  # fmt: skip
     moe._attn_implementation = config._attn_implementation
-    for i in sparse:
-        layer = student.language_model.layers[i]
-        gate, up, down = (getattr(layer.mlp, name).weight for name in ("gate_proj", "up_proj", "down_proj"))
-        block = stock.Qwen2MoeSparseMoeBlock(moe).to(down.device, down.dtype)
-        with torch.no_grad():
-            block.experts.gate_up_proj.copy_(torch.cat([gate, up]))  # to every expert
-            block.experts.down_proj.copy_(down)
-            block.gate.weight.normal_(std=config.initializer_range)
-            block.shared_expert_gate.weight.zero_()  # of a shared expert of width 0, which adds nothing
-        layer.mlp = block
-    student.config.text_config = moe
-    student.language_model.config = copy.deepcopy(moe)
+    for layer in (student.language_model.layers[i] for i in sparse):
+        dense = layer.mlp
+        layer.mlp = stock.Qwen2MoeSparseMoeBlock(moe).to(dense.down_proj.weight)
+        with torch.no_grad():  # to every expert
+            layer.mlp.experts.gate_up_proj.copy_(torch.cat([dense.gate_proj.weight, dense.up_proj.weight]))
+            layer.mlp.experts.down_proj.copy_(dense.down_proj.weight)
+            layer.mlp.gate.weight.normal_(std=config.initializer_range)
+            layer.mlp.shared_expert_gate.weight.zero_()  # of a shared expert of width 0, which adds nothing
+    student.config.text_config, student.language_model.config = moe, copy.deepcopy(moe)
     prepare(student)
 
 
 def chosen_layers(layers: str, n: int) -> list[int]:
     """`every_other`, `all`, `first_half`, or a list such as 0,2,5 -> the numbers of the layers."""
-    if layers in LAYERS:
-        return list(LAYERS[layers](n))
-    try:
-        picked = [int(i) for i in layers.split(",")]
-    except ValueError:
-        picked = []
-    if not picked or not all(0 <= i < n for i in picked):
-        raise InputError(
-            f"--moe_layers {layers!r} is neither {', '.join(LAYERS)} nor a list of layers from 0 to {n - 1}"
-        )
-    return picked
+    named = {"every_other": range(0, n, 2), "all": range(n), "first_half": range(n // 2)}
+    picked = named.get(layers) or [int(i) if i.isdigit() else n for i in layers.split(",")]
+    choices = f"{', '.join(named)} nor a list of layers from 0 to {n - 1}"
+    require(max(picked) < n, f"--moe_layers {layers!r} is neither {choices}")
+    return sorted(set(picked))
 
 
 def is_sparse(student: Llava) -> bool:
     return student.config.text_config.model_type == "qwen2_moe"
 
 
-def routers(student: Llava) -> list[Router]:
-    """The routers, one per sparse layer."""
-    return [m for m in student.language_model.modules() if isinstance(m, Router)]
-
-
-def routers_and_experts(student: Llava) -> list[nn.Module]:
-    return [m for m in student.language_model.modules() if isinstance(m, Router | Experts)]
-
-
 def prepare(student: Llava, kind: str = "topk") -> None:
     """Put `Router`s of this kind and `Experts` in the place of the stock ones, with their weights."""
-    for layer in student.language_model.layers:
-        if isinstance(layer.mlp, stock.Qwen2MoeSparseMoeBlock):
+    for block in (layer.mlp for layer in student.language_model.layers):
+        if isinstance(block, stock.Qwen2MoeSparseMoeBlock):
             for name, new in ("gate", Router), ("experts", Experts):
-                old = getattr(layer.mlp, name)
                 with torch.device("meta"):
-                    part = new(student.config.text_config)
-                for weight, value in list(old.named_parameters()):
-                    setattr(part, weight, value)
-                setattr(layer.mlp, name, part.train(old.training))
-            layer.mlp.gate.kind = kind
+                    part = new(student.config.text_config).train(block.training)
+                part._parameters = getattr(block, name)._parameters
+                setattr(block, name, part)
+            block.gate.kind = kind
+
+
+def parts(student: Llava, kind: type) -> list[nn.Module]:
+    """The student's `Router`s, or its `Experts`: one of each in a sparse layer."""
+    return [m for m in student.language_model.modules() if isinstance(m, kind)]
 
 
 def route(student: Llava, attention_mask: Tensor | None) -> None:
     """Tell all routers which positions of the coming batch (B, T) are tokens."""
-    for router in routers(student):
+    for router in parts(student, Router):
         router.real = None if attention_mask is None else attention_mask.flatten().bool()
 
 
 def expert_load(student: Llava) -> Tensor:
     """How many tokens of the last batch each expert got, (sparse layers, E)."""
-    return torch.stack([
-        (F.one_hot(m.chosen, m.num_experts).sum(1) * m.real.unsqueeze(1)).sum(0).double()
-        for m in routers(student)
-    ])  # fmt: skip
+    routers = parts(student, Router)
+    return torch.stack([m.chosen[m.real].flatten().bincount(minlength=m.num_experts) for m in routers])
 
 
 def balance(student: Llava, load: Tensor, n_tokens: float) -> Tensor:
@@ -172,5 +138,5 @@ def balance(student: Llava, load: Tensor, n_tokens: float) -> Tensor:
 
     load  (sparse layers, E)  f_i, the experts' shares of the tokens in the global batch, which has n_tokens
     """
-    losses = [balance_loss(m.r, f, m.real / n_tokens) for m, f in zip(routers(student), load.float())]
+    losses = [balance_loss(m.r, f, m.real / n_tokens) for m, f in zip(parts(student, Router), load.float())]
     return torch.stack(losses).mean()

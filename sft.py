@@ -10,7 +10,7 @@ import argparse
 
 import torch
 
-from data import Encoder, LlavaData, count_rows, micro_batches, schedule
+from data import LlavaData, count_rows, micro_batches, schedule
 from losses import autoregressive_loss
 from model import Llava
 from support.chunks import over_rows
@@ -22,11 +22,9 @@ from support.state import load_state, save_state_if_due, stop_if_asked
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
-    # fmt: off
     add_flags(parser, "models", [
         ("--student", str, ..., "LLaVA checkpoint to train, hub name or folder"),
-    ])
-    # fmt: on
+    ])  # fmt: skip
     add_training_flags(parser, lr=2e-5, batch=128, source="KD §4.1, 16 a GPU x 8")
     return parser.parse_args(argv)
 
@@ -44,13 +42,11 @@ def main(argv: list[str] | None = None) -> None:
         student.requires_grad_(True).vision_tower.requires_grad_(False)
         trained = [p for p in student.parameters() if p.requires_grad]
         if args.gradient_checkpointing:
-            student.checkpoint_activations()
+            student.language_model.activation_checkpointing_enable({"use_reentrant": False})
         forward = ranks.data_parallel(student.train())
 
         # ---- data, optimizer, and where an interrupted run was
-        encoder = Encoder(student.processor, student.n_visual_tokens, args.max_len)
-        processors = [student.processor]
-        data = LlavaData(args.data, args.images, encoder, processors, args.skip_bad)
+        data = LlavaData(args, student)
         steps = schedule(data, args)
         optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
         first = load_state(run, student, optimizer)
@@ -60,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         ranks.catch_signals()
         w_s = student.lm_head.weight  # (V, D_s)
         for step, micros in micro_batches(data, steps, first, run):
+            torch.manual_seed(hash((args.seed, step, ranks.rank)))  # the same after an interruption
             lr = set_lr(optimizer, step, len(steps), args.lr, args.warmup)
             n = count_rows(micros, ranks)  # rows of each kind in the global batch
             check_samples(run, micros, n.bad)

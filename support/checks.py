@@ -1,6 +1,4 @@
-"""Reading and checking what the user brings: data files, samples, images, checkpoints."""
-
-from __future__ import annotations
+"""Reading and checking what the user brings: samples, images, checkpoints."""
 
 import contextlib
 import math
@@ -12,112 +10,101 @@ import transformers as hf
 from PIL import Image, ImageOps
 from torch import nn
 
-from support.flags import InputError
+from support.flags import InputError, require
 
 hf.utils.logging.disable_progress_bar()  # the stages have one of their own
 hf.utils.logging.set_verbosity_error()  # what matters of loading is checked in `complete`
 
 IMAGE_TOKEN = "<image>"
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+Sample = tuple[list[list[dict]], list[str]]  # conversations, each a list of chat messages; image paths
 
 
-def check_sample(where: str, record: object, image_root: str) -> tuple[list[dict], list[str]]:
-    """A LLaVA record -> (chat messages, image paths), or an InputError that says what is wrong with it."""
-    if not isinstance(record, dict):
-        raise InputError(f"{where} is a JSON {type(record).__name__}, not a sample object")
-    turns = record.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        raise InputError(f"{where} has no 'conversations' list of turns")
-    messages, n_markers = [], 0
+def check_sample(where: str, record: object, image_root: str, exist: bool = True) -> Sample:
+    """A LLaVA record, checked; `exist`: whether its images must."""
+    require(isinstance(record, dict), f"{where} is a JSON {type(record).__name__}, not a sample object")
+    turns, messages, n_markers = record.get("conversations"), [], 0
+    require(isinstance(turns, list) and turns, f"{where} has no 'conversations' list of turns")
     for k, turn in enumerate(turns):
-        speaker = turn.get("from") if isinstance(turn, dict) else None
-        role = ROLES.get(speaker) if isinstance(speaker, str) else None
-        if role is None or not isinstance(turn.get("value"), str):
-            raise InputError(f"{where}, turn {k}, needs 'from' (human, gpt or system) and 'value' (a string)")
-        if not is_text(turn["value"]):
-            raise InputError(f"{where}, turn {k}, holds half of a surrogate pair, which is no character")
-        talk = [m["role"] for m in messages if m["role"] != "system"]
-        if role == "assistant" and not talk and IMAGE_TOKEN not in turn["value"]:
+        at, turn = f"{where}, turn {k},", turn if isinstance(turn, dict) else {}
+        speaker, text = turn.get("from"), turn.get("value")
+        known = isinstance(speaker, str) and speaker in ROLES and isinstance(text, str)
+        require(known, f"{at} needs 'from' (human, gpt or system) and 'value' (a string)")
+        require(is_text(text), f"{at} holds half of a surrogate pair, which is no character")
+        role, talk = ROLES[speaker], [m["role"] for m in messages if m["role"] != "system"]
+        if role == "assistant" and not talk and IMAGE_TOKEN not in text:
             continue  # as LLaVA-1.5, whose data has conversations that begin with an answer
-        if role != ("user", "assistant")[len(talk) % 2] and not (role == "system" and k == 0):
-            raise InputError(f"{where}, turn {k}, is '{speaker}': turns go human, gpt, human, gpt, ...")
-        *pieces, last = turn["value"].split(IMAGE_TOKEN)
-        if pieces and role != "user":
-            raise InputError(f"{where}, turn {k}, has {IMAGE_TOKEN}, but only human turns may hold images")
-        n_markers += len(pieces)
-        text = "".join([*pieces, last]).replace(IMAGE_TOKEN, "").strip()
-        content = [{"type": "image"}] * len(pieces) + [{"type": "text", "text": text}]
-        messages.append({"role": role, "content": content})
-    if not any(m["role"] == "assistant" for m in messages):
-        raise InputError(f"{where} has no 'gpt' turn that answers a human one: there is nothing to learn")
-    images = check_images(where, record.get("image"), n_markers, image_root)
-    return messages, images
+        in_turn = role == ("user", "assistant")[len(talk) % 2] or (role == "system" and k == 0)
+        require(in_turn, f"{at} is '{speaker}': turns go human, gpt, human, gpt, ...")
+        n = text.count(IMAGE_TOKEN)
+        require(not n or role == "user", f"{at} has {IMAGE_TOKEN}, but only human turns may hold images")
+        while IMAGE_TOKEN in text:  # taking one out may make another: "<im<image>age>"
+            text = text.replace(IMAGE_TOKEN, "")
+        n_markers += n
+        messages.append(
+            {"role": role, "content": [{"type": "image"}] * n + [{"type": "text", "text": text.strip()}]}
+        )
+    learned = any(m["role"] == "assistant" for m in messages)
+    require(learned, f"{where} has no 'gpt' turn that answers a human one: there is nothing to learn")
+    return [messages], check_images(where, record.get("image"), n_markers, image_root, exist)
+
+
+def check_pair(where: str, record: object, image_root: str, exist: bool = True) -> Sample:
+    """A preference record: `chosen` and `rejected` conversations with one `image`, as MoD's of RLAIF-V."""
+    pair = []
+    for key in "chosen", "rejected":
+        there = isinstance(record, dict) and record.get(key)
+        require(there, f"{where} has no '{key}' conversation: a preference needs both")
+        one = {"conversations": record[key], "image": record.get("image")}
+        (messages,), images = check_sample(f"{where}, {key}", one, image_root, exist)
+        require(messages[-1]["role"] == "assistant", f"{where}, {key}, ends without an answer")
+        pair.append(messages)
+    alike = pair[0][:-1] == pair[1][:-1]
+    require(alike, f"{where}: 'chosen' and 'rejected' differ before their last answer; they must not")
+    same = pair[0] == pair[1]
+    require(not same, f"{where}: 'chosen' and 'rejected' are the same answer; leave this record out")
+    return pair, images
 
 
 def is_text(value: str) -> bool:
     """Whether it can be written as UTF-8: JSON can hold halves of surrogate pairs."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return value.encode("utf-8", "replace").decode() == value
 
 
-def check_pair(where: str, record: object, image_root: str) -> tuple[list[list[dict]], list[str]]:
-    """A preference record (`chosen` and `rejected` conversations, as MoD's of RLAIF-V) -> both, images."""
-    pair = []
-    for key in "chosen", "rejected":
-        if not isinstance(record, dict) or not record.get(key):
-            raise InputError(f"{where} has no '{key}' conversation: a preference needs both")
-        one = {"conversations": record[key], "image": record.get("image")}
-        messages, images = check_sample(f"{where}, {key}", one, image_root)
-        if messages[-1]["role"] != "assistant":
-            raise InputError(f"{where}, {key}, ends without an answer")
-        pair.append(messages)
-    if pair[0][:-1] != pair[1][:-1]:
-        raise InputError(f"{where}: 'chosen' and 'rejected' differ before their last answer; they must not")
-    if pair[0] == pair[1]:
-        raise InputError(f"{where}: 'chosen' and 'rejected' are the same answer; leave this record out")
-    return pair, images
-
-
-def check_images(where: str, images: object, n_markers: int, image_root: str) -> list[str]:
+def check_images(
+    where: str, images: object, n_markers: int, image_root: str, exist: bool = True
+) -> list[str]:
     """The record's image paths: inside `image_root`, and as many as there are `<image>` markers."""
     images = [] if images is None else [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(p, str) and p and is_text(p) for p in images):
-        raise InputError(f"{where}: 'image' must be a path or a list of paths")
-    if len(images) != n_markers:
-        raise InputError(f"{where} has {n_markers} {IMAGE_TOKEN} marker(s) and {len(images)} image(s)")
+    paths = isinstance(images, list) and all(isinstance(p, str) and p and is_text(p) for p in images)
+    require(paths, f"{where}: 'image' must be a path or a list of paths")
+    n = len(images)
+    require(n == n_markers, f"{where} has {n_markers} {IMAGE_TOKEN} marker(s) and {n} image(s)")
     for path in images:
-        inside = os.path.relpath(os.path.normpath(os.path.join(image_root, path)), image_root)
-        if os.path.isabs(path) or "\0" in path or inside.startswith(".."):
-            raise InputError(f"{where}: image path {path!r} leaves the image folder {image_root}")
+        full = os.path.join(image_root, path)
+        outside = os.path.relpath(os.path.normpath(full), image_root).startswith("..")
+        inside = not (os.path.isabs(path) or "\0" in path or outside)
+        require(inside, f"{where}: image path {path!r} leaves the image folder {image_root}")
+        require(not exist or os.path.exists(full), f"{where}: image {full} does not exist")
     return images
 
 
 def load_image(where: str, image_root: str, path: str) -> Image.Image:
     """The image as RGB, upright; an InputError names the sample and the file."""
-    full = os.path.realpath(os.path.join(image_root, path))
-    if not full.startswith(os.path.join(os.path.realpath(image_root), "")):
-        raise InputError(
-            f"{where}: image {path} leads out of {image_root} by a link; point --images higher or copy it"
-        )
+    full, root = (
+        os.path.realpath(os.path.join(image_root, path)),
+        os.path.join(os.path.realpath(image_root), ""),
+    )
+    advice = "point --images higher or copy it"
+    require(full.startswith(root), f"{where}: image {path} leads out of {image_root} by a link; {advice}")
     try:
         with Image.open(full) as image:
-            if image.width * image.height > (
-                Image.MAX_IMAGE_PIXELS or math.inf
-            ):  # Pillow warns up to twice that
-                raise ValueError(
-                    f"{image.width} x {image.height} pixels, Pillow's limit is {Image.MAX_IMAGE_PIXELS}"
-                )
+            limit = Image.MAX_IMAGE_PIXELS or math.inf  # Pillow only warns up to twice that
+            if image.width * image.height > limit:
+                raise ValueError(f"{image.width} x {image.height} pixels, Pillow's limit is {limit}")
             return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"{where}: image {full} does not exist") from None
     except Exception as error:  # Pillow raises whatever its decoders do
         raise InputError(f"{where}: image {full} cannot be read ({error})") from None
-
-
-# ---------------------------------------------------------------------------------- checkpoints
 
 
 def load_stock(
@@ -126,28 +113,22 @@ def load_stock(
     """Model and processor of a LLaVA-format checkpoint, or an InputError; without weights only its shapes."""
     with loading(f"the checkpoint {path}"):
         config = hf.AutoConfig.from_pretrained(path)
-        if config.model_type != "llava":
-            raise InputError(f"{path} holds a '{config.model_type}' model: give a LLaVA-format checkpoint")
-        if not isinstance(config.vision_feature_layer, int):
-            raise InputError(
-                f"{path} reads several vision layers {config.vision_feature_layer}; only one is possible"
-            )
-        if weights:
-            llava = complete(path, hf.LlavaForConditionalGeneration, dtype=dtype)
-        else:
-            with torch.device("meta"):
-                llava = hf.LlavaForConditionalGeneration(config)
-        return llava, hf.AutoProcessor.from_pretrained(path)
+        kind = config.model_type
+        require(kind == "llava", f"{path} holds a '{kind}' model: give a LLaVA-format checkpoint")
+        layer = config.vision_feature_layer
+        require(isinstance(layer, int), f"{path} reads several vision layers {layer}; only one is possible")
+        with torch.device("cpu" if weights else "meta"):
+            model = hf.LlavaForConditionalGeneration
+            model = complete(path, model, dtype=dtype) if weights else model(config)
+        return model, hf.AutoProcessor.from_pretrained(path)
 
 
 def complete(path: str, kind: type, dtype: torch.dtype = torch.float32, **options: object) -> nn.Module:
     """`kind.from_pretrained(path)`, or an InputError if any weight is missing there and would be random."""
-    model, report = kind.from_pretrained(
-        path, dtype=dtype, output_loading_info=True, use_safetensors=True, **options
-    )  # other formats can hold code
+    options |= {"dtype": dtype, "output_loading_info": True, "use_safetensors": True}  # others can hold code
+    model, report = kind.from_pretrained(path, **options)
     lost = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-    if lost:
-        raise InputError(f"{path} lacks {len(lost)} of the model's weights, the first is {lost[0]}")
+    require(not lost, f"{path} lacks {len(lost)} of the model's weights, the first is {lost[:1]}")
     return model
 
 

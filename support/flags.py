@@ -1,8 +1,7 @@
-"""Command lines: flags with their help, the flags that all stages share, and errors for their user."""
-
-from __future__ import annotations
+"""Command lines: flags with their help, the flags that stages share, and errors for their user."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,12 @@ from pathlib import Path
 
 class InputError(Exception):
     """Something the user gave is wrong; the message says what, where, and what to do about it."""
+
+
+def require(right: bool, message: str) -> None:
+    """Raise an InputError with this message unless what the user gave is right."""
+    if not right:
+        raise InputError(message)
 
 
 def cli(main: Callable[[], object]) -> None:
@@ -21,18 +26,19 @@ def cli(main: Callable[[], object]) -> None:
         sys.exit(2)
 
 
-def positive(text: str) -> int:
-    """A whole number from 1, as a kind of flag."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """A kind of flag: a number from `low` to `high`."""
+
+    def parse(text: str) -> float:
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return kind(text)
+
+    parse.__name__ = {int: "whole number", float: "number"}[kind]
+    return parse
 
 
-def natural(text: str) -> int:
-    """A whole number from 0, as a kind of flag."""
-    if int(text) < 0:
-        raise ValueError
-    return int(text)
+natural, positive, weight, share = number(int, 0), number(int, 1), number(float, 0), number(float, 0, 1)
 
 
 def new_parser(doc: str) -> argparse.ArgumentParser:
@@ -70,25 +76,31 @@ def command_line(**flags: object) -> list[str]:
     return words
 
 
-def add_distillation_flags(parser: argparse.ArgumentParser, gamma: float, relation: str, source: str) -> None:
-    """The weights of Eqs. (6) and (7) of LLaVA-KD, with the default form and weight of the relation loss."""
-    # fmt: off
+def add_student_flags(parser: argparse.ArgumentParser, llm: str) -> None:
+    """What the student is made of, where a stage may begin with a new one; `llm` names the paper's."""
+    add_flags(parser, "student", [
+        ("--vision", str, None, "vision tower of a new student, hub name or folder; as SigLIP-so400m-384"),
+        ("--llm", str, None, f"language model of a new student, hub name or folder; as {llm}"),
+        ("--student", str, None, "LLaVA checkpoint to train, instead of --vision and --llm"),
+    ])  # fmt: skip
+
+
+def add_kd_flags(parser: argparse.ArgumentParser, gamma: float, relation: str, source: str) -> None:
+    """The weights of Eqs. (6) and (7) of LLaVA-KD, with the default weight and form of the relation loss."""
     add_flags(parser, "distillation", [
         ("--teacher_dtype", ("auto", "bf16", "fp32"), "auto", "of the teacher's weights; auto: as --dtype"),
         ("--targets", ["response", "visual", "prompt"], ["response", "visual"],
          "rows whose distribution is distilled (MDist); KD Table 4"),
-        ("--alpha", float, 1.0, f"weight of L_res (CKD: L_txt); {source}"),
-        ("--beta", float, 1.0, f"weight of L_vis; {source}"),
-        ("--gamma", float, gamma, f"weight of L_rel (RDist; CKD: L_cos), 0: off; {source}"),
+        ("--alpha", weight, 1.0, f"weight of L_res (CKD: L_txt); {source}"),
+        ("--beta", weight, 1.0, f"weight of L_vis; {source}"),
+        ("--gamma", weight, gamma, f"weight of L_rel (RDist; CKD: L_cos), 0: off; {source}"),
         ("--relation", ("matrix", "columns"), relation, "L_rel of R whole, KD Eq. 5; by column, CKD Eq. 6"),
-        ("--delta", float, 1.0, "weight of the prompt's KL, if it is a target"),
-    ])
-    # fmt: on
+        ("--delta", weight, 1.0, "weight of the prompt's KL, if it is a target"),
+    ])  # fmt: skip
 
 
 def add_training_flags(parser: argparse.ArgumentParser, lr: float, batch: int, source: str) -> None:
     """The flags that every stage has, with the stage's own defaults; `source` says where those come from."""
-    # fmt: off
     add_flags(parser, "data", [
         ("--data", str, ..., "training samples in LLaVA format, .json or .jsonl"),
         ("--images", str, ".", "folder that the image paths in DATA start from"),
@@ -96,19 +108,19 @@ def add_training_flags(parser: argparse.ArgumentParser, lr: float, batch: int, s
         ("--group_by_modality", bool, True, "image and text-only samples in separate batches; as LLaVA-1.5"),
         ("--skip_bad", natural, 0, "leave out up to this many samples whose image cannot be read"),
         ("--workers", natural, 4, "data processes per rank"),
-    ])
+    ])  # fmt: skip
     add_flags(parser, "training", [
         ("--out", str, ..., "folder for the checkpoint and log.jsonl"),
-        ("--lr", float, lr, f"peak learning rate; {source}"),
+        ("--lr", weight, lr, f"peak learning rate; {source}"),
         ("--global_batch", positive, batch, f"samples per optimizer step, over all ranks; {source}"),
         ("--micro_batch", positive, 4, "samples per rank and forward pass: as many as fit into memory"),
         ("--epochs", positive, 1, "passes over the data; as in the papers"),
         ("--max_steps", natural, 0, "end after this many steps, 0: no limit"),
-        ("--warmup", float, 0.03, "share of the steps in which the rate rises, then a cosine; as LLaVA-1.5"),
-        ("--weight_decay", float, 0.0, "AdamW's; as LLaVA-1.5"),
-        ("--max_grad_norm", float, 1.0, "gradients are clipped to this norm; as TinyLLaVA's trainer"),
+        ("--warmup", share, 0.03, "share of the steps in which the rate rises, then a cosine; as LLaVA-1.5"),
+        ("--weight_decay", weight, 0.0, "AdamW's; as LLaVA-1.5"),
+        ("--max_grad_norm", weight, 1.0, "gradients are clipped to this norm; as TinyLLaVA's trainer"),
         ("--seed", int, 0, "of the new projector and the order of samples"),
-    ])
+    ])  # fmt: skip
     add_flags(parser, "interruptions", [
         ("--save_every", natural, 1000, "steps between training states in OUT/state, 0: only on a signal"),
         ("--keep", positive, 2, "training states to keep"),
@@ -116,10 +128,9 @@ def add_training_flags(parser: argparse.ArgumentParser, lr: float, batch: int, s
          "--resume: even if its code has changed; --no-resume: the run starts again"),
         ("--max_bad_steps", natural, 0, "steps that may have an infinite or undefined loss or gradient; "
          "their updates are left out"),
-    ])
+    ])  # fmt: skip
     add_flags(parser, "system", [
         ("--dtype", ("auto", "bf16", "fp32"), "auto",
          "precision of the arithmetic, trained weights stay fp32; auto: bf16 on CUDA, else fp32"),
         ("--gradient_checkpointing", bool, False, "recompute the student's layers in the backward pass"),
-    ])
-    # fmt: on
+    ])  # fmt: skip

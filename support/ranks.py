@@ -1,7 +1,5 @@
 """The processes of a run: torchrun's, or one alone. Their device, DDP wrapper, and signals."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import multiprocessing.util  # registers its own ending first, so that ours comes before it
@@ -22,16 +20,12 @@ class Ranks:
 
     def __init__(self, device: torch.device):
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
-        self._ddp: DistributedDataParallel | None = None
-        self._handlers: dict[int, object] = {}
-        self._signalled = False
+        self._ddp, self._handlers, self._signalled = None, {}, False
 
     def sum(self, numbers: Tensor) -> Tensor:
         """The sum of all ranks' tensors, in place."""
         dist.all_reduce(numbers)
         return numbers
-
-    # ------------------------------------------------------------------ gradients
 
     def data_parallel(self, student: nn.Module) -> Callable[..., Tensor]:
         """The student's forward pass under DDP; for a single rank, which has no others, the student itself.
@@ -46,8 +40,6 @@ class Ranks:
     def exchange_gradients(self, now: bool) -> contextlib.AbstractContextManager:
         """Around a forward pass: whether its backward pass ends with the mean of gradients over ranks."""
         return contextlib.nullcontext() if now or self._ddp is None else self._ddp.no_sync()
-
-    # ------------------------------------------------------------------ signals
 
     def catch_signals(self) -> None:
         """From here on SIGTERM and SIGINT do not end the process, but are what `stop_was_asked` asks for."""
@@ -73,19 +65,17 @@ class Ranks:
 def process_group() -> Iterator[Ranks]:
     """torchrun's processes, or a group of one. Inside another `process_group`, the same group again."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
+    device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
         torch.cuda.set_device(device)
-    outermost = not dist.is_initialized()
+    outermost, store = not dist.is_initialized(), dist.HashStore()  # the store of a group of one
     if outermost:
-        store = dist.HashStore()  # of a group of one, so that there is one code path
         if "RANK" in os.environ:
             # Ranks that torchrun starts again would find the dead ones' addresses in its store: each attempt
             # has names of its own there.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(f"attempt {attempt}", next(rendezvous("env://"))[0])
-        backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     ranks = Ranks(device)
     try:

@@ -1,7 +1,5 @@
 """A run and its folder OUT: whose the folder is, the log in it, the student that is left there at the end."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json
@@ -19,13 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from support.flags import InputError
+from support.flags import InputError, require
 from support.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 # Flags that may change when an interrupted run goes on: they are about its speed and safety.
-FREE = {"out", "workers", "micro_batch", "gradient_checkpointing", "save_every", "keep", "resume",
-        "max_bad_steps"}  # fmt: skip
+FREE = "out workers micro_batch gradient_checkpointing save_every keep resume max_bad_steps".split()
 
 
 @dataclass
@@ -34,20 +31,15 @@ class Run:
 
     args: argparse.Namespace
     ranks: Ranks
+    out: Path
     identity: dict  # stage, flags and code: what makes it this run
     dtype: torch.dtype  # precision of the arithmetic
-    accumulation: int  # micro-batches per rank and step
     finished: bool = False  # whether OUT holds this very run, finished
     n_bad: int = 0  # samples left out because they could not be read
     n_bad_steps: int = 0  # updates left out because they were not finite
-    n_steps: int = 0
     bar: tqdm | None = None
     started: float = 0.0
-    clock: float = 0.0
-
-    @property
-    def out(self) -> Path:
-        return Path(self.args.out)
+    clock: float = 0.0  # when the last step ended
 
     def say(self, message: str) -> None:
         if self.ranks.rank == 0:
@@ -63,59 +55,6 @@ def precision(name: str, auto: torch.dtype) -> torch.dtype:
     return {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
-# ---------------------------------------------------------------------------------- whose folder it is
-
-
-def open_run(args: argparse.Namespace, stage: str, ranks: Ranks, script: str) -> Run:
-    """The run that `args` ask for. Looks into OUT and changes nothing there.
-
-    Raises InputError if OUT holds another run, this run by other code, or something else, or if the global
-    batch cannot be divided into micro-batches.
-    """
-    accumulation, rest = divmod(args.global_batch, args.micro_batch * ranks.world)
-    if rest or not accumulation:
-        raise InputError(
-            f"--global_batch {args.global_batch} is not a multiple of --micro_batch {args.micro_batch} x "
-            f"{ranks.world} ranks = {args.micro_batch * ranks.world}"
-        )
-    flags = {k: v for k, v in vars(args).items() if k not in FREE}
-    identity = json.loads(json.dumps({"stage": stage} | flags | {"code": code_of(script)}))
-    dtype = precision(args.dtype, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
-    run = Run(args, ranks, identity, dtype, accumulation)
-    if (run.out / "run.json").exists():
-        finished = _there_is_finished(run.out, identity, args.resume)
-        run.finished = finished and args.resume is not False
-        if run.finished:
-            run.say(f"{run.out}: this run is finished already")
-    elif run.out.exists() and (not run.out.is_dir() or any(run.out.iterdir())):
-        raise InputError(f"--out {run.out} is no empty folder and holds no run of ours; take another folder")
-    return run
-
-
-def _there_is_finished(out: Path, now: dict, resume: bool | None) -> bool:
-    """Whether the run in `out` is finished; an InputError if it is another run than `now`."""
-    try:
-        there = dict(json.loads((out / "run.json").read_text()))
-    except ValueError:
-        raise InputError(f"{out}/run.json cannot be read; delete {out} or take another folder") from None
-    finished = there.pop("seconds", None) is not None
-    old, new = there.pop("code", {}), now["code"]
-    flags = [k for k in sorted(there.keys() | now.keys() - {"code"}) if there.get(k) != now.get(k)]
-    if flags:
-        differ = "; ".join(f"{k}: {there.get(k)!r} there, {now.get(k)!r} now" for k in flags)
-        raise InputError(f"--out {out} holds a different run ({differ}); take another or delete it")
-    changed = ", ".join(file for file in sorted(old.keys() | new.keys()) if old.get(file) != new.get(file))
-    if changed and resume is None:
-        kind, advice = ("an interrupted", "go on with the new code by --resume")
-        if finished:
-            kind, advice = ("a finished", "take another folder")
-        raise InputError(
-            f"--out {out} holds {kind} run of other code; since then {changed} changed. Either {advice}, or "
-            "train again from the start by --no-resume"
-        )
-    return finished
-
-
 def code_of(script: str | Path) -> dict[str, str]:
     """The files of this project that a script consists of, each with a hash of its text."""
     finder = ModuleFinder(path=[str(ROOT)])
@@ -124,58 +63,85 @@ def code_of(script: str | Path) -> dict[str, str]:
     return {str(f.relative_to(ROOT)): hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files}
 
 
-# ---------------------------------------------------------------------------------- from its begin to its end
+def open_run(args: argparse.Namespace, stage: str, ranks: Ranks, script: str) -> Run:
+    """The run that `args` ask for. Looks into OUT and changes nothing there.
+
+    Raises InputError if OUT holds another run, this run by other code, or something else, or if the global
+    batch cannot be divided into micro-batches.
+    """
+    at_once = args.micro_batch * ranks.world
+    parts = f"--micro_batch {args.micro_batch} x {ranks.world} ranks = {at_once}"
+    whole = args.global_batch % at_once == 0
+    require(whole, f"--global_batch {args.global_batch} is not a multiple of {parts}")
+    flags = {k: v for k, v in vars(args).items() if k not in FREE}
+    identity = json.loads(json.dumps({"stage": stage} | flags | {"code": code_of(script)}))
+    dtype = precision(args.dtype, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
+    run = Run(args, ranks, Path(args.out), identity, dtype)
+    if (run.out / "run.json").exists():
+        run.finished = is_finished(run.out, identity, args.resume) and args.resume is not False
+    else:
+        empty = not run.out.exists() or (run.out.is_dir() and not any(run.out.iterdir()))
+        require(empty, f"--out {run.out} is no empty folder and holds no run of ours; take another folder")
+    if run.finished:
+        run.say(f"{run.out}: this run is finished already")
+    return run
+
+
+def is_finished(out: Path, now: dict, resume: bool | None) -> bool:
+    """Whether the run in `out` is finished; an InputError if it is another run than `now`."""
+    try:
+        there = {"code": {}, "seconds": None} | json.loads((out / "run.json").read_text())
+    except (ValueError, TypeError):
+        raise InputError(f"{out}/run.json cannot be read; delete {out} or take another folder") from None
+    finished, old, new = there.pop("seconds") is not None, there.pop("code"), now["code"]
+    flags = [k for k in sorted(there.keys() | now.keys() - {"code"}) if there.get(k) != now.get(k)]
+    differ = "; ".join(f"{k}: {there.get(k)!r} there, {now.get(k)!r} now" for k in flags)
+    require(not flags, f"--out {out} holds a different run ({differ}); take another or delete it")
+    changed = ", ".join(file for file in sorted(old.keys() | new.keys()) if old.get(file) != new.get(file))
+    kind, advice = "an interrupted", "go on with the new code by --resume"
+    if finished:
+        kind, advice = "a finished", "take another folder"
+    refused = f"--out {out} holds {kind} run of other code; since then {changed} changed. Either {advice}, "
+    require(not changed or resume is not None, refused + "or train again from the start by --no-resume")
+    return finished
 
 
 def begin(run: Run, student: nn.Module, data, n_steps: int, first: int) -> None:
     """Take OUT for this run, cut its log to the `first` steps that are done, say what will be trained."""
+    args, stage, log = run.args, run.identity["stage"], run.out / "log.jsonl"
     dist.barrier()  # every rank has looked into the folder before one writes
     if run.ranks.rank == 0:
-        run.out.mkdir(parents=True, exist_ok=True)
-        if first == 0:
+        lines = log.read_text().splitlines(keepends=True)[:first] if first else []
+        if not first:
             shutil.rmtree(run.out / "state", ignore_errors=True)
-        log = run.out / "log.jsonl"
-        lines = log.read_text().split("\n")[:first] if first else []
-        write_whole(log, "".join(f"{line}\n" for line in lines))
-        _write_identity(run, seconds=None)
-    batch, micro, world = run.args.global_batch, run.args.micro_batch, run.ranks.world
-    split = f"{run.accumulation} x {micro} x {world} rank(s)"
-    run.say(f"{run.identity['stage']}: {n_steps} steps of {batch} samples = {split}")
-    drawn = f"{len(data)} samples, {n_steps * batch} drawn"
-    run.say(f"  {str(run.dtype)[6:]} on {run.ranks.device.type}; {drawn}")
-    if data.n_too_long:
-        run.say(f"  {data.n_too_long} samples left out: their prompts are longer than --max_len")
+        run.out.mkdir(parents=True, exist_ok=True)
+        log.write_text("".join(lines))
+        write_identity(run, seconds=None)
+    left_out = f", {data.n_too_long} more have prompts longer than --max_len" if data.n_too_long else ""
+    run.say(f"{stage}: {n_steps} steps of {args.global_batch} of {len(data)} samples{left_out}")
+    run.say(
+        f"  {run.ranks.world} rank(s) x {args.micro_batch}, {str(run.dtype)[6:]} on {run.ranks.device.type}"
+    )
     for name, part in student.named_children():
         n = [sum(p.numel() for p in part.parameters() if p.requires_grad == on) for on in (True, False)]
         run.say(f"  {name:22s} trained {n[0]:>13,d}   frozen {n[1]:>13,d}")
     if first:
         run.say(f"  goes on after step {first}")
-    run.n_steps, run.started = n_steps, time.perf_counter()
-    run.clock = run.started
-    quiet = run.ranks.rank != 0
-    run.bar = tqdm(total=n_steps, initial=first, desc=run.identity["stage"], disable=quiet, mininterval=1.0)
+    quiet, run.started, run.clock = run.ranks.rank != 0, time.perf_counter(), time.perf_counter()
+    run.bar = tqdm(total=n_steps, initial=first, desc=stage, disable=quiet, mininterval=1.0)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that a crash leaves the old one or the new one."""
-    beside = path.with_name(f".{path.name}.writing")
-    with open(beside, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
-def _write_identity(run: Run, seconds: float | None) -> None:
-    write_whole(run.out / "run.json", json.dumps(run.identity | {"seconds": seconds}, indent=1) + "\n")
+def write_identity(run: Run, seconds: float | None) -> None:
+    """Write run.json so that a crash leaves the old one or the new one; `seconds` mark a finished run."""
+    (run.out / ".run.json").write_text(json.dumps(run.identity | {"seconds": seconds}, indent=1) + "\n")
+    os.replace(run.out / ".run.json", run.out / "run.json")
 
 
 def set_lr(optimizer: torch.optim.Optimizer, step: int, steps: int, peak: float, warmup: float) -> float:
     """Linear warm-up over ceil(warmup x steps) steps, then a cosine to zero; `step` counts from 0."""
     n_warm = math.ceil(warmup * steps)
-    if step < n_warm:
-        lr = peak * (step + 1) / n_warm
-    else:
+    lr = peak * (step + 1) / max(n_warm, 1)
+    if step >= n_warm:
         lr = peak * 0.5 * (1 + math.cos(math.pi * (step - n_warm) / max(steps - n_warm, 1)))
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -188,30 +154,26 @@ def check_samples(run: Run, micros: list, n_bad: float) -> None:
     mine = [message for batch in micros for message in batch.bad]
     for message in mine:
         tqdm.write(f"unreadable, {run.n_bad} so far: {message}", file=sys.stderr)
-    if run.n_bad > run.args.skip_bad:
-        what = mine[0] if mine else f"{int(n_bad)} sample(s) of other ranks cannot be read"
-        raise InputError(f"{what}; repair it or allow more with --skip_bad (now {run.args.skip_bad})")
+    what = mine[0] if mine else f"{int(n_bad)} sample(s) of other ranks cannot be read"
+    advice = f"repair it or allow more with --skip_bad (now {run.args.skip_bad})"
+    require(run.n_bad <= run.args.skip_bad, f"{what}; {advice}")
 
 
 def all_finite(run: Run, step: int, losses: list[dict[str, Tensor]], grad_norm: Tensor, micros: list) -> bool:
     """Whether gradient and losses of all ranks are finite. More than --max_bad_steps others end the run."""
-    ranks = run.ranks
-    bad = torch.zeros(ranks.world + 1, device=ranks.device)
-    bad[ranks.rank] = not math.isfinite(sum(terms["loss"].item() for terms in losses))
+    rank, bad = run.ranks.rank, torch.zeros(run.ranks.world + 1, device=run.ranks.device)
+    bad[rank] = not math.isfinite(sum(terms["loss"].item() for terms in losses))  # of each rank
     bad[-1] = not math.isfinite(grad_norm.item())
-    *bad_losses, bad_gradient = ranks.sum(bad).tolist()
-    if not any(bad_losses) and not bad_gradient:
+    if not run.ranks.sum(bad).any():
         return True
-    which = [rank for rank in range(ranks.world) if bad_losses[rank]]
-    what = f"loss of rank {', '.join(map(str, which))}" if which else "gradient"
-    message = f"step {step}: the {what} is not finite"
-    if ranks.rank in which or not which:
-        message += f"; rank {ranks.rank} had {', '.join(name for batch in micros for name in batch.names)}"
+    which = bad[:-1].nonzero().flatten().tolist()
+    what = f"step {step}: the {f'loss of rank {which}' if which else 'gradient'} is not finite"
+    if rank in which or not which:
+        what += f"; rank {rank} had {', '.join(name for batch in micros for name in batch.names)}"
     run.n_bad_steps += 1
-    if run.n_bad_steps > run.args.max_bad_steps:
-        limit = f"--max_bad_steps {run.args.max_bad_steps}"
-        raise InputError(f"{message}; see {run.out / 'log.jsonl'} ({limit})")
-    tqdm.write(f"{message}; update left out, {run.n_bad_steps} so far", file=sys.stderr)
+    limit = f"see {run.out}/log.jsonl (--max_bad_steps {run.args.max_bad_steps})"
+    require(run.n_bad_steps <= run.args.max_bad_steps, f"{what}; {limit}")
+    tqdm.write(f"{what}; update left out, {run.n_bad_steps} so far", file=sys.stderr)
     return False
 
 
@@ -219,14 +181,13 @@ def write_log(
     run: Run, step: int, lr: float, losses: list[dict[str, Tensor]], grad_norm: Tensor, tokens: float
 ) -> None:
     """A line in log.jsonl: every term summed over micro-batches and ranks, each of which holds its share."""
-    stacked = [torch.stack([value.detach().double() for value in terms.values()]) for terms in losses]
-    values = run.ranks.sum(torch.stack(stacked).sum(0)).tolist()
-    now = time.perf_counter()
-    speed, run.clock = tokens / (now - run.clock), now
+    shares = [torch.stack([value.detach().double() for value in terms.values()]) for terms in losses]
+    terms = dict(zip(losses[0], run.ranks.sum(sum(shares)).tolist()))
+    speed, run.clock = tokens / (time.perf_counter() - run.clock), time.perf_counter()
     if run.ranks.rank == 0:
-        terms = dict(zip(losses[0], values))
-        line = {"step": step, "lr": lr} | terms
-        line |= {"tokens_per_s": round(speed), "grad_norm": grad_norm.item()}
+        line = (
+            {"step": step, "lr": lr} | terms | {"tokens_per_s": round(speed), "grad_norm": grad_norm.item()}
+        )
         line = {k: v if math.isfinite(v) else None for k, v in line.items()}  # JSON has no NaN
         with open(run.out / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
@@ -244,7 +205,7 @@ def save_student(run: Run, student: nn.Module) -> None:
         for file in beside.iterdir():
             os.replace(file, run.out / file.name)
         beside.rmdir()
-        _write_identity(run, seconds=round(time.perf_counter() - run.started, 1))
+        write_identity(run, seconds=round(time.perf_counter() - run.started, 1))
         shutil.rmtree(run.out / "state", ignore_errors=True)
-        run.say(f"saved {run.out}" + f"; {run.n_bad} unreadable samples left out" * bool(run.n_bad))
+        run.say(f"saved {run.out}" + (f"; {run.n_bad} unreadable samples left out" if run.n_bad else ""))
     dist.barrier()

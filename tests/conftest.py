@@ -6,6 +6,7 @@ import random
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tests-")  # of indexes; for the tests' processes too
 ROOT = Path(__file__).parent.parent
 NP = 4  # visual tokens of the tests' tower: 16 x 16 pixels in patches of 8
 torch.set_num_threads(2)

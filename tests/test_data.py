@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import random
 
 import pytest
@@ -12,6 +11,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from data import IGNORE, Encoder, LlavaData, count_rows, global_batches, schedule
+from support import index
 from support.checks import check_sample
 from support.flags import InputError
 from support.index import Index, records
@@ -294,25 +294,16 @@ def test_the_index_is_made_once_and_again_when_the_file_changed(world, processor
     path.write_text(json.dumps(json.loads(path.read_text())[:7]))
     assert len(data()) == 7
     assert len(made) == 2
-    for kind in "index", "lines":
-        assert len(list(tmp_path.glob(f".train.json.*.{kind}"))) == 1  # the old one is gone
+    assert [p.name for p in tmp_path.iterdir()] == ["train.json"]  # nothing beside the user's data
 
 
-def test_an_index_that_cannot_lie_beside_the_data_lies_in_the_cache(world, processor, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    replace = os.replace
-
-    def not_beside(source, target):
-        if "cache" not in str(target):
-            raise OSError(30, "read-only")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", not_beside)
-    path = tmp_path / "train.json"
-    path.write_text((world / "train.json").read_text())
-    assert len(LlavaData(str(path), str(world / "images"), encoder(processor), [processor])) == 24
-    assert len(list((tmp_path / "cache").rglob("*.index"))) == 1
-    assert not list(tmp_path.glob(".*"))
+def test_an_index_that_cannot_be_written(world, processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "CACHE", tmp_path / "file" / "cache")
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(
+        InputError, match="cannot write an index of .*: Not a directory; point XDG_CACHE_HOME"
+    ):
+        LlavaData(str(world / "train.json"), str(world / "images"), encoder(processor), [processor])
 
 
 @pytest.mark.parametrize("form", ["list", "indented", "lines", "bom"])
@@ -327,16 +318,16 @@ def test_an_index_gives_every_record_back(tmp_path, form):
     if form != "lines":  # JSON text cannot hold half a pair but as an escape
         data = data.replace("\ud800".encode("utf-8", "surrogatepass"), rb"\ud800")
     (tmp_path / "f.json").write_bytes(data)
-    index = Index(str(tmp_path / "f.json"), "", 1, lambda place, record: (len(str(record)),))
-    assert [index.read(i)[1] for i in range(len(want))] == want
-    assert index.sizes.flatten().tolist() == [len(str(record)) for record in want]
-    places = [index.read(i)[0] for i in (0, 2)]
+    found = Index(str(tmp_path / "f.json"), "", 1, lambda place, record: (len(str(record)),))
+    assert [found.read(i)[1] for i in range(len(want))] == want
+    assert found.sizes.flatten().tolist() == [len(str(record)) for record in want]
+    places = [found.read(i)[0] for i in (0, 2)]
     assert places == [f"{tmp_path}/f.json {'line' if form == 'lines' else 'sample'} {k}"
                       for k in ((1, 3) if form == "lines" else (0, 2))]  # fmt: skip
 
 
 def test_a_file_without_samples(tmp_path):
-    (tmp_path / "f.json").write_text("[]")
-    with pytest.raises(InputError, match="f.json holds no sample"):
-        Index(str(tmp_path / "f.json"), "", 1, lambda place, record: (0,))
-    assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
+    (tmp_path / "empty.json").write_text("[]")
+    with pytest.raises(InputError, match="empty.json holds no sample"):
+        Index(str(tmp_path / "empty.json"), "", 1, lambda place, record: (0,))
+    assert not list(index.CACHE.glob("empty.json.*"))

@@ -234,9 +234,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_state(flags, checkpoints,
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     stop_at(monkeypatch, 5, lambda run: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1])))
     try:
-        with pytest.raises(
-            InputError, match="cannot write the training state of step 8.*step-00000004, is unt"
-        ):
+        with pytest.raises(InputError, match="cannot write the state of step 8.*step-00000004, is unt"):
             dft.main([*command(checkpoints), *flags(tmp_path / "out")])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
