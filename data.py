@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import re
 from collections import namedtuple
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -35,11 +34,9 @@ class Encoder:
         self.tokenizer, self.n_visual = student.processor.tokenizer, student.n_visual_tokens
         self.image_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.max_len, self.caption_only = max_len, caption_only
-        require(
-            bool(re.search(r"{%-?\s*generation", self.tokenizer.chat_template or "")),
-            "the student's chat template has no {% generation %} block, so its answers cannot be told from its "
-            "prompts; start from a checkpoint made here or add the block to its template",
-        )
+        unmarked = "the chat template has no {% generation %} block, so its answers cannot be told from "
+        advice = "its prompts; start from a checkpoint made here or add the block to its template"
+        require("{% generation" in (self.tokenizer.chat_template or ""), unmarked + advice)
 
     def __call__(self, messages: list[dict], last_only: bool = False) -> tuple[list[int], list[bool]]:
         """(token ids, whether each is learned), at most `max_len`. Learned are the answers (or the last) and
@@ -91,8 +88,8 @@ Counts = namedtuple("Counts", "response visual prompt images tokens bad")
 
 
 def count_rows(micros: list[Batch], ranks: Ranks) -> Counts:
-    """Rows of each kind, images, tokens and unreadable samples of all ranks' micro-batches. What there is none
-    of, but for the last, counts as 1: a mean over nothing is then 0 / 1.
+    """Rows of each kind, images, tokens and unreadable samples of all ranks' micro-batches. No rows, images
+    or tokens count as 1: a mean over nothing is 0 / 1.
     """
     counts = [[*(rows.sum() for rows in (b.response, b.visual, b.prompt)), len(b.pixel_values),
                b.attention_mask.sum(), len(b.bad)] for b in micros]  # fmt: skip
@@ -120,11 +117,11 @@ class LlavaData(Dataset):
         for i in (~fits).nonzero().flatten().tolist():
             fits[i] = all(any(learned) for _, learned in self.code(self.sample(i)[1]))
         self.usable, self.n_too_long = fits.nonzero().flatten(), int((~fits).sum())
-        long = f"longer than --max_len {encoder.max_len} (an image takes {encoder.n_visual} tokens)"
-        none = (
-            f"{args.data}: no training sample is left, {self.n_too_long} of {len(fits)} have a prompt {long}"
+        long = (
+            f"have a prompt longer than --max_len {args.max_len} (an image takes {encoder.n_visual} tokens)"
         )
-        require(len(self.usable) > 0, none)
+        none = f"{args.data}: no training sample is left, {self.n_too_long} of {len(fits)}"
+        require(len(self), f"{none} {long}")
         self.n_images = n_images[self.usable].tolist()
         tokens = n_bytes // 4 + n_images * encoder.n_visual  # about, for grouping
         self.lengths = tokens[self.usable].clamp_max(encoder.max_len).tolist()

@@ -109,8 +109,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     scores, answers = {}, {}
     for path, name in zip(args.model, names):
         answers[name] = generate(path, questions, args)
-        lines = [{"question_id": q.get("question_id", k), "prompt": q["text"], "text": answer, "model_id": path}
-                 for k, (q, answer) in enumerate(zip(questions, answers[name]))]  # fmt: skip
+        lines = [{"question_id": q.get("question_id", k), "prompt": q["text"], "text": a, "model_id": path}
+                 for k, (q, a) in enumerate(zip(questions, answers[name]))]  # fmt: skip
         (out / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         if metric:
             scores[name] = metric(questions, answers[name])

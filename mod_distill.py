@@ -197,11 +197,11 @@ def mimic_loss(
 def log_ratios(batch: Batch, student: Head, teacher: Head) -> Tensor:
     """log pi_S(y|x) - log pi_T(y|x) of chosen and rejected answers (2, B), summed over their tokens."""
     rows, y = batch.response, batch.targets
-    of_rows = values_of_rows(losses.log_probability, rows, y, student)  # (N,)
+    log_s = values_of_rows(losses.log_probability, rows, y, student)  # (N,)
     with torch.no_grad():
-        of_rows = of_rows - values_of_rows(losses.log_probability, rows, y, teacher)
+        log_t = values_of_rows(losses.log_probability, rows, y, teacher)
     answer = rows.nonzero()[:, 0]  # (N,) that a row belongs to
-    return of_rows.new_zeros(len(rows)).index_add(0, answer, of_rows).view(2, -1)
+    return log_s.new_zeros(len(rows)).index_add(0, answer, log_s - log_t).view(2, -1)
 
 
 def preference_loss(

@@ -135,29 +135,22 @@ class Llava(nn.Module):
         """Refuse a teacher that does not see the student's sequence or does not speak its tokens."""
         mine, theirs = self.processor.tokenizer.get_vocab(), teacher.processor.tokenizer.get_vocab()
         token = min((t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t)), default=None)
-        require(
-            token is None,
-            f"teacher and student must share the tokenizer: the student's has {len(mine)} tokens, the teacher's "
-            f"{len(theirs)}; {token!r} is id {mine.get(token)} for the student and {theirs.get(token)} for the "
-            "teacher. Take both from one LLM family",
-        )
+        whose = f"{token!r} is id {mine.get(token)} for the student and {theirs.get(token)} for the teacher"
+        sizes = f"the student's has {len(mine)} tokens, the teacher's {len(theirs)}"
+        require(token is None, f"teacher and student must share the tokenizer: {sizes}; {whose}")
         ids = [m.config.image_token_index for m in (self, teacher)]
         require(ids[0] == ids[1], "<image> is token {} for the student and {} for the teacher".format(*ids))
         n = [m.n_visual_tokens for m in (self, teacher)]
-        advice = "both must see the same sequence. Take vision towers with as many patches"
-        require(
-            n[0] == n[1], f"an image is {n[0]} tokens for the student and {n[1]} for the teacher: {advice}"
-        )
+        counts = f"an image is {n[0]} tokens for the student and {n[1]} for the teacher"
+        require(n[0] == n[1], f"{counts}: both must see the same sequence")
 
     def sees_like(self, teacher: Llava) -> bool:
         """Whether both turn an image into the same features Z_v."""
+        how = [(m.processor.image_processor.to_dict(), m.config.vision_feature_layer,
+                m.config.vision_feature_select_strategy) for m in (self, teacher)]  # fmt: skip
         a, b = self.vision_tower.state_dict(), teacher.vision_tower.state_dict()
-        prepare = [m.processor.image_processor.to_dict() for m in (self, teacher)]
-        read = [
-            (m.config.vision_feature_layer, m.config.vision_feature_select_strategy) for m in (self, teacher)
-        ]
-        return prepare[0] == prepare[1] and read[0] == read[1] and a.keys() == b.keys() and all(
-            a[k].shape == b[k].shape and torch.equal(a[k].to(b[k].dtype), b[k]) for k in a)  # fmt: skip
+        same_shapes = {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
+        return how[0] == how[1] and same_shapes and all(torch.equal(a[k].to(b[k].dtype), b[k]) for k in a)
 
     def save(self, out: str | Path) -> None:
         """Write a checkpoint that `LlavaForConditionalGeneration` and `AutoProcessor` load unchanged."""

@@ -20,8 +20,9 @@ def draw_sample(
 
     columns, rows = min(4, len(questions)), -(-len(questions) // 4)
     height = 0.75 + 0.34 * len(answers)  # of the text
-    figure, axes = plt.subplots(2 * rows, columns, figsize=(3.4 * columns, (3.4 + height) * rows), squeeze=False,
-                                height_ratios=[3.4, height] * rows, layout="constrained")  # fmt: skip
+    size, ratios = (3.4 * columns, (3.4 + height) * rows), [3.4, height] * rows
+    figure, axes = plt.subplots(2 * rows, columns, figsize=size, squeeze=False, height_ratios=ratios,
+                                layout="constrained")  # fmt: skip
     for axis in axes.flat:
         axis.axis("off")
     for k, q in enumerate(questions):

@@ -23,7 +23,7 @@ from safetensors import safe_open
 
 import dft
 import support.run
-from data import Encoder, LlavaData
+from data import LlavaData
 from lab.world import BASE
 from model import CHAT_TEMPLATE, Llava
 from moe import route, sparsify
@@ -137,7 +137,8 @@ def stock_child(root: str, n_steps: int) -> dict:
     teacher = hf.LlavaForConditionalGeneration.from_pretrained(f"{root}/teacher", dtype=torch.bfloat16).eval()
     student.model.vision_tower.requires_grad_(False)
     processor = hf.AutoProcessor.from_pretrained(f"{root}/student")
-    data = LlavaData(f"{root}/data.json", root, Encoder(processor, N_VISUAL, 2048), [processor])
+    args = SimpleNamespace(data=f"{root}/data.json", images=root, max_len=2048, skip_bad=0)
+    data = LlavaData(args, SimpleNamespace(processor=processor, n_visual_tokens=N_VISUAL, vision_tower=True))
     batch = data.collate([data[0]])
     given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=2e-5)

@@ -74,14 +74,14 @@ def vqa(questions: list[dict], answers: list[str]) -> dict:
 
 NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
                    "0 0 1 2 3 4 5 6 7 8 9 10".split()))  # fmt: skip
-CONTRACTED = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
-    haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've
-    mustn't must've needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've
-    somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll
-    that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've
-    weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've
-    why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're
-    you've""".split()
+CONTRACTED = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've
+    hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
+    might've mustn't must've needn't not've o'clock oughtn't shan't she'd've should've shouldn't
+    shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's
+    something'd something'd've something'll that's there'd there'd've there're there's they'd they'd've
+    they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd
+    where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
+    wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
 # Every spelling with one of the apostrophes missing.
 CONTRACTIONS = {w[:i] + w[i + 1 :]: w for w in CONTRACTED for i, letter in enumerate(w) if letter == "'"}
 
@@ -143,5 +143,6 @@ def read_vocabulary(questions: list[dict], path: str | None) -> None:
         q["objects"] = [vocabulary[o] for o in q["objects"]]
 
 
+# fmt: off
 METRICS = {"exact": (exact_match, "label"), "choice": (multiple_choice, "label"), "pope": (pope, "label"),
-           "vqa": (vqa, "answers"), "hallucination": (hallucination, "objects"), "none": (None, None)}  # fmt: skip
+           "vqa": (vqa, "answers"), "hallucination": (hallucination, "objects"), "none": (None, None)}

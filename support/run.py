@@ -166,9 +166,9 @@ def all_finite(run: Run, step: int, losses: list[dict[str, Tensor]], grad_norm: 
     bad[-1] = not math.isfinite(grad_norm.item())
     if not run.ranks.sum(bad).any():
         return True
-    which = bad[:-1].nonzero().flatten().tolist()
-    what = f"step {step}: the {f'loss of rank {which}' if which else 'gradient'} is not finite"
-    if rank in which or not which:
+    which = [str(k) for k in range(run.ranks.world) if bad[k]]
+    what = f"step {step}: the {'loss of rank ' + ', '.join(which) if which else 'gradient'} is not finite"
+    if bad[rank] or not which:
         what += f"; rank {rank} had {', '.join(name for batch in micros for name in batch.names)}"
     run.n_bad_steps += 1
     limit = f"see {run.out}/log.jsonl (--max_bad_steps {run.args.max_bad_steps})"
@@ -186,7 +186,7 @@ def write_log(
     speed, run.clock = tokens / (time.perf_counter() - run.clock), time.perf_counter()
     if run.ranks.rank == 0:
         line = (
-            {"step": step, "lr": lr} | terms | {"tokens_per_s": round(speed), "grad_norm": grad_norm.item()}
+            {"step": step, "lr": lr, "tokens_per_s": round(speed)} | terms | {"grad_norm": float(grad_norm)}
         )
         line = {k: v if math.isfinite(v) else None for k, v in line.items()}  # JSON has no NaN
         with open(run.out / "log.jsonl", "a") as file:

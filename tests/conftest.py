@@ -110,6 +110,19 @@ def world(tmp_path_factory) -> Path:
     return root
 
 
+def open_data(path: Path, images: Path, processor, pairs=False, max_len=2048, caption_only=False):
+    """The data of a file as a stage has it, for a student with this processor."""
+    from types import SimpleNamespace
+
+    from data import LlavaData
+
+    args = SimpleNamespace(
+        data=str(path), images=str(images), max_len=max_len, skip_bad=0, caption_only=caption_only
+    )
+    student = SimpleNamespace(processor=processor, n_visual_tokens=NP, vision_tower=True)
+    return LlavaData(args, student, pairs=pairs)
+
+
 def data_flags(world: Path, **more: object) -> list[str]:
     flags = {"data": world / "train.json", "images": world / "images", "workers": 0, "lr": 0.02,
              "global_batch": 8, "micro_batch": 8, "seed": 3} | more  # fmt: skip

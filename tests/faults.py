@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -128,7 +129,7 @@ def open_data(root: Path) -> None:
     from torch.utils.data import DataLoader
     from transformers import AutoTokenizer
 
-    from data import Encoder, LlavaData, global_batches
+    from data import LlavaData, global_batches
     from model import CHAT_TEMPLATE, IMAGE_TOKEN
     from support.ranks import process_group
 
@@ -143,15 +144,16 @@ def open_data(root: Path) -> None:
         while not (root / "go").exists():
             time.sleep(0.01)
         begun = time.time()
-        data = LlavaData(
-            str(root / "data.json"), str(root / "images"), Encoder(Processor, 729, 2048), [Processor]
+        args = SimpleNamespace(
+            data=str(root / "data.json"), images=str(root / "images"), max_len=2048, skip_bad=0
         )
+        data = LlavaData(args, SimpleNamespace(processor=Processor, n_visual_tokens=729, vision_tower=True))
         opened = time.time() - begun
         batches = global_batches(data, 128, "0", True)
 
         class Texts(LlavaData):
             def __getitem__(self, i: int) -> int:
-                return len(self.code(self.sample(i)[1][0])[0])
+                return len(self.code(self.sample(i)[1])[0][0])
 
         data.__class__ = Texts
         loader = DataLoader(data, batch_sampler=batches[:200], num_workers=2, collate_fn=sum)

@@ -3,14 +3,15 @@
 import argparse
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import NP, turns
+from conftest import NP, open_data, turns
 from PIL import Image
 from transformers import AutoProcessor
 
-from data import IGNORE, Encoder, LlavaData, count_rows, global_batches, schedule
+from data import IGNORE, Encoder, count_rows, global_batches, schedule
 from support import index
 from support.checks import check_sample
 from support.flags import InputError
@@ -23,12 +24,19 @@ def processor(checkpoints):
 
 
 def encoder(processor, max_len=200, caption_only=False):
-    return Encoder(processor, NP, max_len, caption_only)
+    """(token ids, labels): the ids of answers, IGNORE elsewhere."""
+    encode = Encoder(SimpleNamespace(processor=processor, n_visual_tokens=NP), max_len, caption_only)
+
+    def code(messages):
+        ids, learned = encode(messages)
+        return ids, [i if is_learned else IGNORE for i, is_learned in zip(ids, learned)]
+
+    return code
 
 
 def messages(*texts, image="x.png"):
     record = {"conversations": turns(*texts), **({"image": image} if image else {})}
-    return check_sample("sample", record, "/images")[0]
+    return check_sample("sample", record, "/images", exist=False)[0][0]
 
 
 def decode(processor, ids):
@@ -39,16 +47,13 @@ def decode(processor, ids):
 
 
 def test_labels_cover_every_answer_and_its_end_token_and_nothing_else(processor):
-    ids, labels, n_images = encoder(processor)(
-        messages("is there <image>", "a red circle", "how many ?", "two")
-    )
+    ids, labels = encoder(processor)(messages("is there <image>", "a red circle", "how many ?", "two"))
     text = (
         "USER: "
         + "<image>" * NP
         + "\nis there ASSISTANT: a red circle<|endoftext|>USER: how many ? ASSISTANT: two"
     )
     assert decode(processor, ids) == text + "<|endoftext|>"
-    assert n_images == 1
     learned = [i for i, label in zip(ids, labels) if label != IGNORE]
     assert decode(processor, learned) == " a red circle<|endoftext|> two<|endoftext|>"
     assert all(label in (IGNORE, i) for i, label in zip(ids, labels))
@@ -56,7 +61,7 @@ def test_labels_cover_every_answer_and_its_end_token_and_nothing_else(processor)
 
 def test_the_prompt_tokens_are_those_of_generation(processor):
     """The mismatch behind several published bugs: a space that merges into the answer in training only."""
-    ids, labels, _ = encoder(processor)(messages("how many objects ?", "two", image=None))
+    ids, labels = encoder(processor)(messages("how many objects ?", "two", image=None))
     turn = [{"role": "user", "content": [{"type": "text", "text": "how many objects ?"}]}]
     prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
     tokens = processor(text=prompt)["input_ids"][0]
@@ -67,24 +72,21 @@ def test_the_prompt_tokens_are_those_of_generation(processor):
 
 def test_image_expansion_is_that_of_the_stock_processor(processor):
     sample = messages("left <image> and <image> right", "red", image=["a.png", "b.png"])
-    ids, _, n_images = encoder(processor)(sample)
-    assert n_images == 2
+    ids, _ = encoder(processor)(sample)
     text = processor.apply_chat_template(sample)
     images = [Image.new("RGB", (30, 20))] * 2
     assert ids == processor(images=images, text=text)["input_ids"][0]
 
 
 def test_caption_only_leaves_the_question_out(processor):
-    ids, labels, _ = encoder(processor, caption_only=True)(
-        messages("describe <image>", "red circle top left")
-    )
+    ids, labels = encoder(processor, caption_only=True)(messages("describe <image>", "red circle top left"))
     assert decode(processor, ids) == "<image>" * NP + "red circle top left<|endoftext|>"
     assert labels == [IGNORE] * NP + ids[NP:]
 
 
 def test_a_system_turn_comes_first(processor):
     record = {"conversations": [{"from": "system", "value": "be brief"}, *turns("how many ?", "two")]}
-    ids, _, _ = encoder(processor)(check_sample("s", record, ".")[0])
+    ids, _ = encoder(processor)(check_sample("s", record, ".")[0][0])
     assert decode(processor, ids).startswith("be brief USER: how many ? ASSISTANT: two")
 
 
@@ -92,11 +94,11 @@ def test_a_system_turn_comes_first(processor):
 def test_truncation_never_cuts_an_image(processor, max_len):
     sample = messages("<image> how many ?", "two", "and <image> here ?", "one", image=["a.png", "b.png"])
     whole = encoder(processor)(sample)[0]
-    ids, labels, n_images = encoder(processor, max_len)(sample)
+    ids, labels = encoder(processor, max_len)(sample)
     image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
     assert len(ids) == len(labels) <= max_len
     assert ids == whole[: len(ids)]
-    assert ids.count(image_id) == n_images * NP
+    assert ids.count(image_id) % NP == 0
 
 
 def test_a_template_without_generation_markers_is_refused(processor, checkpoints):
@@ -110,7 +112,7 @@ def test_a_template_without_generation_markers_is_refused(processor, checkpoints
 
 
 def make_data(world, processor, name="train.json", **more):
-    return LlavaData(str(world / name), str(world / "images"), encoder(processor, **more), [processor])
+    return open_data(world / name, world / "images", processor, **more)
 
 
 def test_json_and_jsonl_are_the_same_data(world, processor):
@@ -125,16 +127,15 @@ def test_rows_of_a_batch(world, processor):
     assert batch.pixel_values.shape == (3, 3, 16, 16)
     assert batch.visual.sum(1).tolist() == [NP, 0, 2 * NP]
     for row, sample in enumerate(data[k] for k in (0, 1, 3)):
-        ((ids, labels, _),) = sample["rows"]
+        ((ids, learned),) = sample["rows"]
         n = len(ids)
-        assert batch.attention_mask[row].tolist() == [1] * n + [0] * (batch.labels.shape[1] - n)
+        assert batch.attention_mask[row].tolist() == [1] * n + [0] * (batch.targets.shape[1] - n)
         for t in range(n):
-            answer_next = t + 1 < n and labels[t + 1] != IGNORE
+            answer_next = t + 1 < n and learned[t + 1]
             image, image_next = (t + d < n and ids[t + d] == 372 for d in (0, 1))
             assert batch.response[row, t] == answer_next
             assert batch.prompt[row, t] == (t + 1 < n and not answer_next and not image and not image_next)
-            if answer_next:
-                assert batch.targets[row, t] == ids[t + 1]
+            assert batch.targets[row, t] == (ids[t + 1] if answer_next else IGNORE)
         assert not batch.response[row, n:].any() | batch.prompt[row, n:].any()
     one = [batch.response.sum(), 3 * NP, batch.prompt.sum(), 3, batch.attention_mask.sum()]
     assert count_rows([batch], Alone) == (*one, 0)
@@ -209,7 +210,7 @@ def test_a_bad_record_is_named(world, processor, message, tmp_path):
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(InputError, match=message) as error:
-            LlavaData(str(tmp_path / name), str(world / "images"), encoder(processor), [processor])
+            open_data(tmp_path / name, world / "images", processor)
         assert place in str(error.value)
         assert "\n" not in str(error.value)
 
@@ -221,7 +222,7 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 100_000)
     for name, message in (("none.json", "cannot read"), ("cut.json", "cut.json is not valid JSON"),
                           ("cut.jsonl", "line 2 is not valid JSON"),
-                          ("binary.json", "not UTF-8"),
+                          ("binary.json", "not valid JSON: 'utf-8' codec"),
                           ("deep.json", "not valid JSON")):  # fmt: skip
         with pytest.raises(InputError, match=message):
             list(records(tmp_path / name))
@@ -238,14 +239,15 @@ def test_lines_of_objects_may_be_called_json(tmp_path):
 def test_a_leading_answer_is_left_out_and_a_trailing_question_is_not_learned(processor):
     """As LLaVA-1.5 does with the conversations of its mix that begin with an answer."""
     odd = [{"from": "gpt", "value": "hello"}, *turns("how many ?", "two", "and now ?")]
-    sample = check_sample("s", {"conversations": odd}, ".")[0]
-    ids, labels, _ = encoder(processor)(sample)
+    (sample,), _ = check_sample("s", {"conversations": odd}, ".")
+    ids, labels = encoder(processor)(sample)
     assert decode(processor, ids) == "USER: how many ? ASSISTANT: two<|endoftext|>USER: and now ? "
     assert decode(processor, [i for i, label in zip(ids, labels) if label != IGNORE]) == " two<|endoftext|>"
 
 
 def test_markers_cannot_be_smuggled_in(processor):
-    sample = check_sample("s", {"conversations": turns("<im<image>age> hi", "ho"), "image": "a.png"}, ".")[0]
+    record = {"conversations": turns("<im<image>age> hi", "ho"), "image": "a.png"}
+    (sample,), _ = check_sample("s", record, ".", exist=False)
     assert encoder(processor)(sample)[0].count(372) == NP
 
 
@@ -255,7 +257,7 @@ def test_nothing_left_after_length_filtering(world, processor):
     kept = make_data(world, processor, max_len=20)
     assert 0 < kept.n_too_long < 24
     for k in range(len(kept)):
-        assert any(label != IGNORE for label in kept[k]["rows"][0][1])
+        assert any(kept[k]["rows"][0][1])
 
 
 def test_corrupt_images_become_empty_samples_that_are_counted(world, processor, tmp_path):
@@ -263,7 +265,7 @@ def test_corrupt_images_become_empty_samples_that_are_counted(world, processor, 
     (tmp_path / "images" / "0.png").write_bytes((world / "images" / "0.png").read_bytes()[:100])
     (tmp_path / "images" / "link.png").symlink_to(world / "train.json")
     (tmp_path / "d.json").write_text(json.dumps([GOOD, GOOD | {"image": "link.png"}]))
-    data = LlavaData(str(tmp_path / "d.json"), str(tmp_path / "images"), encoder(processor), [processor])
+    data = open_data(tmp_path / "d.json", tmp_path / "images", processor)
     batch = data.collate([data[0], data[1]])
     assert "0.png cannot be read" in batch.bad[0]
     assert "(id g)" in batch.bad[0]
@@ -288,7 +290,7 @@ def test_the_index_is_made_once_and_again_when_the_file_changed(world, processor
     monkeypatch.setattr(Index, "_make", lambda *a: made.append(1) or make(*a))
     path = tmp_path / "train.json"
     path.write_text((world / "train.json").read_text())
-    data = lambda: LlavaData(str(path), str(world / "images"), encoder(processor), [processor])  # noqa: E731
+    data = lambda: open_data(path, world / "images", processor)  # noqa: E731
     assert len(data()) == len(data()) == 24
     assert len(made) == 1
     path.write_text(json.dumps(json.loads(path.read_text())[:7]))
@@ -303,7 +305,7 @@ def test_an_index_that_cannot_be_written(world, processor, tmp_path, monkeypatch
     with pytest.raises(
         InputError, match="cannot write an index of .*: Not a directory; point XDG_CACHE_HOME"
     ):
-        LlavaData(str(world / "train.json"), str(world / "images"), encoder(processor), [processor])
+        open_data(world / "train.json", world / "images", processor)
 
 
 @pytest.mark.parametrize("form", ["list", "indented", "lines", "bom"])

@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import evaluate
-from support.flags import InputError
+from support.flags import InputError, command_line
 from support.metrics import (
     exact_match,
     hallucination,
@@ -137,16 +137,18 @@ def test_vqa_normalisation():
         assert normalize_vqa(raw) == expected, raw
 
 
-def test_what_is_no_llava_checkpoint_is_refused(questions, world, parts):
+def test_what_is_no_llava_checkpoint_is_refused(questions, world, parts, tmp_path):
     for path, message in (
         (parts["small"], "'qwen2' model"),
         ("/nowhere", "cannot load the checkpoint /nowhere"),
     ):
         with pytest.raises(InputError, match=message):
-            evaluate.generate(path, evaluate.read_questions(str(questions), str(world / "images"), None), ".")
+            evaluate.main(
+                command_line(model=path, questions=questions, images=world / "images", out=tmp_path)
+            )
 
 
-def test_only_the_last_position_gets_logits(questions, world, checkpoints, monkeypatch):
+def test_only_the_last_position_gets_logits(questions, world, checkpoints, monkeypatch, tmp_path):
     from torch import nn
 
     rows, forward = [], nn.Linear.forward
@@ -156,8 +158,8 @@ def test_only_the_last_position_gets_logits(questions, world, checkpoints, monke
         "forward",
         lambda self, x: (rows.append(x.shape[1]) if is_head(self) else None, forward(self, x))[1],
     )
-    checked = evaluate.read_questions(str(questions), str(world / "images"), None)
-    evaluate.generate(checkpoints["small"], checked, str(world / "images"), max_new_tokens=3)
+    evaluate.main(command_line(model=checkpoints["small"], questions=questions, images=world / "images",
+                               out=tmp_path, max_new_tokens=3))  # fmt: skip
     assert rows
     assert set(rows) == {1}
 

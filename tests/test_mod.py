@@ -7,13 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NP, data_flags, launch, log_of, turns
+from conftest import NP, data_flags, launch, log_of, open_data, turns
 from test_stages import changed, first_steps, same_losses, weights
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import mod_distill
 import moe
-from data import Encoder, PreferenceData
 from losses import balance_loss, dpo_loss, kl_baseline, kto_loss, routing
 from model import Llava
 from support.flags import InputError
@@ -158,7 +157,7 @@ def test_padding_is_not_routed(checkpoints):
     loss = moe.balance(model, load, mask.sum().item())
     real = mask.bool()
     want, shares = [], []
-    for router in moe.routers(model):
+    for router in moe.parts(model, moe.Router):
         r = router.r[real.flatten()]
         top = r.topk(2).indices.flatten().bincount(minlength=4) / (2 * len(r))
         want.append(4 * (top * r.mean(0)).sum())
@@ -388,10 +387,9 @@ def test_a_pair_shares_its_prompt_and_only_the_last_answer_counts(world, checkpo
     record = {"image": "0.png", "chosen": turns(*start, "yes"), "rejected": turns(*start, "top left")}
     (tmp_path / "p.json").write_text(json.dumps([record]))
     processor = AutoProcessor.from_pretrained(checkpoints["small"])
-    encoder = Encoder(processor, NP, 2048)
-    data = PreferenceData(str(tmp_path / "p.json"), str(world / "images"), encoder, [processor])
+    data = open_data(tmp_path / "p.json", world / "images", processor, pairs=True)
     batch = data.collate([data[0]])
-    texts = [processor.tokenizer.decode(row[row != -100]) for row in batch.labels]
+    texts = [processor.tokenizer.decode(row[row != -100]) for row in batch.targets]
     assert texts == [" yes<|endoftext|>", " top left<|endoftext|>"]
     assert batch.pixel_values.shape[0] == 1
     assert batch.visual.sum(1).tolist() == [NP, NP]
@@ -414,9 +412,7 @@ def test_bad_preference_records(world, checkpoints, tmp_path, record, message):
     (tmp_path / "p.json").write_text(json.dumps([record]))
     processor = AutoProcessor.from_pretrained(checkpoints["small"])
     with pytest.raises(InputError, match=message) as error:
-        PreferenceData(
-            str(tmp_path / "p.json"), str(world / "images"), Encoder(processor, NP, 2048), [processor]
-        )
+        open_data(tmp_path / "p.json", world / "images", processor, pairs=True)
     assert "sample 0" in str(error.value)
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,7 +94,12 @@ def test_a_stock_checkpoint_loads_here(tmp_path, checkpoints):
 
 def test_a_teacher_is_frozen_and_has_a_tower_only_if_it_sees_otherwise(checkpoints, tmp_path):
     student = Llava.from_checkpoint(checkpoints["small"])
-    teacher = load_teacher(checkpoints["large"], student, torch.bfloat16)
+    load = lambda path, kind: load_teacher(
+        SimpleNamespace(teacher=path, teacher_dtype=kind), student, torch.float32
+    )  # noqa: E731
+    assert load(None, "auto") is None
+    assert load(checkpoints["large"], "auto").lm_head.weight.dtype == torch.float32
+    teacher = load(checkpoints["large"], "bf16")
     assert teacher.vision_tower is None
     assert not teacher.training
     assert not any(p.requires_grad for p in teacher.parameters())
@@ -101,7 +107,7 @@ def test_a_teacher_is_frozen_and_has_a_tower_only_if_it_sees_otherwise(checkpoin
     other = Llava.from_checkpoint(checkpoints["large"])
     other.vision_tower.encoder.layers[0].mlp.fc1.weight.data += 1e-3
     other.save(tmp_path)
-    assert load_teacher(str(tmp_path), student, torch.float32).vision_tower is not None
+    assert load(str(tmp_path), "fp32").vision_tower is not None
 
 
 def test_the_last_layer_and_the_head_are_not_computed(checkpoints):

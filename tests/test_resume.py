@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,7 +240,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_state(flags, checkpoints,
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     (left,) = state.states(tmp_path / "out" / "state")
-    assert state._digest(left) == left.name.split(".")[1]
+    assert state.digest(left) == left.name.split(".")[1]
     assert not (tmp_path / "out" / "state" / ".writing").exists()
 
 
@@ -251,7 +252,7 @@ def test_a_state_is_read_without_running_what_is_in_it(flags, checkpoints, tmp_p
             return os.mkdir, (str(tmp_path / "ran"),)
 
     torch.save({"step": Evil()}, tmp_path / "evil")
-    evil = newest.with_name(f"step-00000009.{state._digest(tmp_path / 'evil')}.pt")
+    evil = newest.with_name(f"step-00000009.{state.digest(tmp_path / 'evil')}.pt")
     (tmp_path / "evil").rename(evil)
     with pytest.raises(Exception, match="[Ww]eights.only"):
         dft.main([*command(checkpoints), *flags(tmp_path / "out")])
@@ -382,8 +383,9 @@ def test_sigterm_to_torchrun_stops_all_ranks_with_a_state(whole, flags, checkpoi
 
 
 def test_the_run_file_survives_a_crash_while_it_is_written(tmp_path, monkeypatch):
-    support_run.write_whole(tmp_path / "run.json", json.dumps({"seconds": 1}))
+    run = SimpleNamespace(out=tmp_path, identity={"stage": "sft"})
+    support_run.write_identity(run, seconds=1)
     monkeypatch.setattr(os, "replace", lambda *_: crash(None))
     with pytest.raises(CrashError):
-        support_run.write_whole(tmp_path / "run.json", "other")
-    assert json.loads((tmp_path / "run.json").read_text()) == {"seconds": 1}
+        support_run.write_identity(run, seconds=2)
+    assert json.loads((tmp_path / "run.json").read_text()) == {"stage": "sft", "seconds": 1}

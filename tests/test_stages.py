@@ -6,14 +6,14 @@ import json
 import pytest
 import torch
 import torch.utils.checkpoint
-from conftest import NP, data_flags, launch, log_of
+from conftest import NP, data_flags, launch, log_of, open_data
 from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import dft
 import dpt
 import sft
-from data import Encoder, LlavaData, schedule
+from data import schedule
 from support import chunks
 from support.flags import command_line
 
@@ -75,9 +75,7 @@ def test_one_rank_has_no_image_in_some_step(world, checkpoints):
 def first_steps(world, model):
     """The data and the schedule of the runs in this file."""
     processor = AutoProcessor.from_pretrained(model)
-    data = LlavaData(
-        str(world / "train.json"), str(world / "images"), Encoder(processor, NP, 2048), [processor]
-    )
+    data = open_data(world / "train.json", world / "images", processor)
     args = argparse.Namespace(seed=3, epochs=1, max_steps=0, global_batch=8, group_by_modality=False, data="")
     return data, schedule(data, args)
 
@@ -162,17 +160,17 @@ def test_the_log_holds_the_losses_of_the_first_batch(chain, world, checkpoints, 
     nll, kl = [], {"l_res": [], "l_vis": [], "l_prompt": []}
     rel = []
     for sample in (data[i] for i in steps[0]):
-        ((ids, labels, _),) = sample["rows"]
+        ((ids, learned),) = sample["rows"]
         ids = torch.tensor([ids])
-        pixels = {"pixel_values": sample["pixels"][0]} if sample["pixels"][0] is not None else {}
+        pixels = {"pixel_values": sample["pixels"][0]} if sample["pixels"] else {}
         with torch.no_grad():
             s, t = (m(input_ids=ids, **pixels).logits[0].double()[:, :448] for m in (student, teacher))
         p_s, p_t = s.softmax(-1), t.softmax(-1)
         rows = (p_t * (p_t / p_s).log()).sum(-1)
-        visual = [k for k in range(len(labels)) if ids[0, k] == 372]
-        for k in range(len(labels) - 1):
-            if labels[k + 1] != -100:
-                nll.append(-p_s[k, labels[k + 1]].log())
+        visual = [k for k in range(len(learned)) if ids[0, k] == 372]
+        for k in range(len(learned) - 1):
+            if learned[k + 1]:
+                nll.append(-p_s[k, ids[0, k + 1]].log())
                 kl["l_res"].append(rows[k])
             elif k not in visual and k + 1 not in visual:
                 kl["l_prompt"].append(rows[k])

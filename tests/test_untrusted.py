@@ -3,6 +3,7 @@
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def test_a_chat_template_runs_in_a_sandbox(checkpoints):
     processor.tokenizer.chat_template = template
     messages = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
     with pytest.raises(SecurityError):
-        Encoder(processor, 4, 100)(messages)
+        Encoder(SimpleNamespace(processor=processor, n_visual_tokens=4), 100)(messages)
 
 
 def test_no_file_uses_what_runs_code():
