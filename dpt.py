@@ -15,9 +15,17 @@ import torch
 
 from data import LlavaData, count_rows, micro_batches, schedule
 from losses import autoregressive_loss, prompt_kl, relation_loss, response_kl, self_correlation, visual_kl
-from model import load_teacher, new_student
+from model import Llava, load_teacher
 from support.chunks import gram, over_rows
-from support.flags import add_flags, add_kd_flags, add_student_flags, add_training_flags, cli, new_parser
+from support.flags import (
+    add_flags,
+    add_kd_flags,
+    add_student_flags,
+    add_training_flags,
+    cli,
+    new_parser,
+    require,
+)
 from support.ranks import process_group
 from support.run import all_finite, begin, check_samples, open_run, save_student, set_lr, write_log
 from support.state import load_state, save_state_if_due, stop_if_asked
@@ -38,6 +46,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if not args.teacher:
         args.targets, args.gamma = [], 0.0  # plain Pre-Training
     return args
+
+
+def new_student(args: argparse.Namespace) -> Llava:
+    """The checkpoint --student, or a new model from the parts --vision and --llm."""
+    given = [bool(args.vision), bool(args.llm), bool(args.student)]
+    right = given in ([True, True, False], [False, False, True])
+    require(right, "give either --vision and --llm, for a new student, or --student")
+    return Llava.from_checkpoint(args.student) if args.student else Llava.from_parts(args.vision, args.llm)
 
 
 def main(argv: list[str] | None = None) -> None:

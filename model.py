@@ -21,26 +21,20 @@ from torch import Tensor, nn
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from support.checks import IMAGE_TOKEN, complete, load_stock, loading
-from support.flags import InputError, require
+from support.flags import require
 from support.run import precision
 
-# One template for training masks, generation and every outside tool. The answer's leading space is inside
-# the generation block: with "ASSISTANT: " a BPE would merge that space into the first answer token in
-# training only.
+# One template for training masks, generation and every outside tool. The answer's leading space is inside the
+# generation block: after "ASSISTANT: " a BPE would merge it into the first answer token in training only.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
-    {%- set text = namespace(value='') -%}
-    {%- if message.role == 'user' -%}{{ 'USER: ' }}{%- endif -%}
-    {%- if message.content is string -%}{%- set text.value = message.content -%}
-    {%- else -%}
-        {%- for part in message.content -%}
-            {%- if part.type == 'image' -%}{{ '<image>\\n' }}
-            {%- else -%}{%- set text.value = text.value + part.text -%}{%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
+    {%- set parts = [{'type': 'text', 'text': message.content}] -%}
+    {%- if message.content is not string -%}{%- set parts = message.content -%}{%- endif -%}
+    {%- set text = parts | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}
+    {%- set images = '<image>\\n' * (parts | selectattr('type', 'equalto', 'image') | list | length) -%}
     {%- if message.role == 'assistant' -%}
-        {{ 'ASSISTANT:' }}{% generation %}{{ ' ' + text.value + eos_token }}{% endgeneration %}
-    {%- else -%}{{ text.value + ' ' }}{%- endif -%}
+        {{ 'ASSISTANT:' }}{% generation %}{{ ' ' + text + eos_token }}{% endgeneration %}
+    {%- else -%}{{ ('USER: ' if message.role == 'user' else '') + images + text + ' ' }}{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}
 """
@@ -104,9 +98,8 @@ class Llava(nn.Module):
 
     @torch.no_grad()
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values (n, 3, H, W) -> Z_v (n, Np, C), the tower's hidden state at vision_feature_layer.
-
-        The layers above that one and the pooling head are not computed. n may be 0.
+        """pixel_values (n, 3, H, W) -> Z_v (n, Np, C), the tower's hidden state at vision_feature_layer; the
+        layers above that one are not computed. n may be 0.
         """
         if not len(pixel_values):  # the tower's attention cannot reshape nothing
             return pixel_values.new_zeros(0, self.n_visual_tokens, self.config.vision_config.hidden_size)
@@ -155,11 +148,9 @@ class Llava(nn.Module):
     def save(self, out: str | Path) -> None:
         """Write a checkpoint that `LlavaForConditionalGeneration` and `AutoProcessor` load unchanged."""
         Path(out).mkdir(parents=True, exist_ok=True)
-        names = {  # those of published checkpoints, which every version of transformers and vLLM reads
-            "vision_tower.vision_model": self.vision_tower,
-            "multi_modal_projector": self.multi_modal_projector,
-            "language_model.model": self.language_model,
-        }
+        # The names of published checkpoints, which every version of transformers and vLLM reads.
+        names = {"vision_tower.vision_model": self.vision_tower, "language_model.model": self.language_model,
+                 "multi_modal_projector": self.multi_modal_projector}  # fmt: skip
         if not self.config.tie_word_embeddings:
             names["language_model.lm_head"] = self.lm_head
         weights = {f"{name}.{k}": v for name, part in names.items() for k, v in part.state_dict().items()}
@@ -175,17 +166,11 @@ class Llava(nn.Module):
         rope = getattr(config.text_config, "rope_parameters", None) or {}
         config.text_config.rope_theta = rope.get("rope_theta", 10_000.0)  # where transformers 4 looks for it
         config.save_pretrained(out)
-        ends = self.processor.tokenizer.eos_token_id, self.processor.tokenizer.pad_token_id
-        hf.GenerationConfig(eos_token_id=ends[0], pad_token_id=ends[1]).save_pretrained(out)
+        ends = {
+            f"{end}_token_id": getattr(self.processor.tokenizer, f"{end}_token_id") for end in ("eos", "pad")
+        }
+        hf.GenerationConfig(**ends).save_pretrained(out)
         self.processor.save_pretrained(out)
-
-
-def new_student(args: argparse.Namespace) -> Llava:
-    """The checkpoint --student, or a new model from the parts --vision and --llm."""
-    given = [bool(args.vision), bool(args.llm), bool(args.student)]
-    either = given in ([True, True, False], [False, False, True])
-    require(either, "give either --vision and --llm, for a new student, or --student")
-    return Llava.from_checkpoint(args.student) if args.student else Llava.from_parts(args.vision, args.llm)
 
 
 def load_teacher(args: argparse.Namespace, student: Llava, dtype: torch.dtype) -> Llava | None:
@@ -201,15 +186,3 @@ def load_teacher(args: argparse.Namespace, student: Llava, dtype: torch.dtype) -
     if student.sees_like(teacher):
         teacher.vision_tower = None
     return teacher
-
-
-def check_teachers(args: argparse.Namespace) -> None:
-    """Refuse all of --teachers that the student cannot learn from, before any of them is loaded whole."""
-    student, problems = new_student(args), []
-    for path in args.teachers:
-        try:
-            student.check_teacher(Llava.from_checkpoint(path, weights=False))
-        except InputError as error:
-            problems.append(f"{path}: {error}")
-    if problems:
-        raise InputError("; ".join(problems))

@@ -62,15 +62,13 @@ class Experts(stock.Qwen2MoeExperts):
         return torch.zeros_like(hidden_states).index_add(0, token, y.to(hidden_states.dtype))
 
 
-def sparsify(
-    student: Llava, experts: int, top_k: int, layers: str = "every_other", renormalise: bool = True
-) -> None:
+def sparsify(student: Llava, experts: int, top_k: int, layers: str, renormalise: bool = True) -> None:
     """Sparse upcycling: each chosen layer's FFN becomes `experts` copies of itself and a linear router."""
     config = student.config.text_config
     only = "cannot be made sparse, only a dense Qwen1.5, 2 or 2.5 ('qwen2')"
     require(config.model_type == "qwen2", f"a '{config.model_type}' language model {only}")
-    few = f"--top_k {top_k} of --experts {experts}: each token needs 1 to {experts} experts"
-    require(1 <= top_k <= experts, few)
+    advice = f"each token needs 1 to {experts} experts"
+    require(1 <= top_k <= experts, f"--top_k {top_k} of --experts {experts}: {advice}")
     known = hf.Qwen2MoeConfig().to_dict().keys() - {"model_type", "architectures"}
     sparse, n = chosen_layers(layers, config.num_hidden_layers), config.num_hidden_layers
     moe = hf.Qwen2MoeConfig(**{k: v for k, v in config.to_dict().items() if k in known} | {
@@ -105,15 +103,10 @@ def is_sparse(student: Llava) -> bool:
 
 
 def prepare(student: Llava, kind: str = "topk") -> None:
-    """Put `Router`s of this kind and `Experts` in the place of the stock ones, with their weights."""
+    """Turn the stock routers and experts into `Router`s of this kind and `Experts`, with their weights."""
     for block in (layer.mlp for layer in student.language_model.layers):
         if isinstance(block, stock.Qwen2MoeSparseMoeBlock):
-            for name, new in ("gate", Router), ("experts", Experts):
-                with torch.device("meta"):
-                    part = new(student.config.text_config).train(block.training)
-                part._parameters = getattr(block, name)._parameters
-                setattr(block, name, part)
-            block.gate.kind = kind
+            block.gate.__class__, block.experts.__class__, block.gate.kind = Router, Experts, kind
 
 
 def parts(student: Llava, kind: type) -> list[nn.Module]:
@@ -134,9 +127,8 @@ def expert_load(student: Llava) -> Tensor:
 
 
 def balance(student: Llava, load: Tensor, n_tokens: float) -> Tensor:
-    """The last batch's share of the balance loss, averaged over sparse layers.
-
-    load  (sparse layers, E)  f_i, the experts' shares of the tokens in the global batch, which has n_tokens
+    """The last batch's share of the balance loss, averaged over sparse layers; load (sparse layers, E) holds
+    the experts' shares f_i of the tokens in the global batch, which has n_tokens.
     """
     losses = [balance_loss(m.r, f, m.real / n_tokens) for m, f in zip(parts(student, Router), load.float())]
     return torch.stack(losses).mean()

@@ -27,7 +27,7 @@ import mod_distill
 import sft
 from lab import world
 from lab.report import write_report
-from support.flags import add_flags, cli, command_line, new_parser, positive
+from support.flags import add_flags, cli, new_parser, positive, to_argv
 from support.run import code_of
 
 BATCH = 32
@@ -74,7 +74,7 @@ class Lab:
             script is dpt
         ):  # the tiny language models know "describe" as a question: captions are answers to it
             flags["caption_only"] = False
-        script.main(command_line(**flags))
+        script.main(to_argv(**flags))
         return str(out)
 
     def cascade(self, name: str, seed: int, *teachers: str, **flags: object) -> list[str]:
@@ -89,7 +89,7 @@ class Lab:
         for stage, lr in ("pretrain", PT[1]), ("finetune", FT[1]):
             data = self.world / f"{stage}_few.json"
             flags |= {f"{stage}_data": data, f"{stage}_lr": lr, f"{stage}_batch": BATCH}
-        argv = command_line(**flags, caption_only=False, max_steps=PT[0], seed=seed)
+        argv = to_argv(**flags, caption_only=False, max_steps=PT[0], seed=seed)
         ckd.main(argv)
         return [argv[-1] for _, argv in ckd.plan(*ckd.parse_args(argv))]
 
@@ -113,7 +113,7 @@ class Lab:
     def _ask(self, model: str, questions: str, metric: str) -> dict:
         folder = self.out / ("eval" if metric == "exact" else metric) / Path(model).relative_to(self.out)
         if not is_fresh(folder / "made.json", evaluate.__file__, [Path(model, "run.json")]):
-            evaluate.main(command_line(
+            evaluate.main(to_argv(
                 model=model, questions=self.world / f"{questions}.jsonl", images=self.world / "images",
                 out=folder, batch=200, metric=metric, max_new_tokens=6 if metric == "exact" else 18,
             ))  # fmt: skip

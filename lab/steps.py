@@ -28,7 +28,7 @@ from lab.world import BASE
 from model import CHAT_TEMPLATE, Llava
 from moe import route, sparsify
 from support.checks import IMAGE_TOKEN
-from support.flags import InputError, command_line
+from support.flags import InputError, to_argv
 
 N_VISUAL, V = 729, 151_936  # SigLIP-384's patches, Qwen1.5's ids
 GAMMA = 0.5
@@ -184,7 +184,7 @@ def dft_child(root: str, n_steps: int) -> dict:
     clock(torch.optim.AdamW, "step", lambda *_: "AdamW")
     dft.write_log = lambda *args: (support.run.write_log(*args), steps.done())
     dft.save_student = lambda run, _: run.bar.close()  # nothing to keep
-    dft.main(command_line(
+    dft.main(to_argv(
         student=f"{root}/student", teacher=f"{root}/teacher", teacher_dtype="bf16", dtype="fp32",
         data=f"{root}/data.json", images=root, out=out, global_batch=1, micro_batch=1, workers=0,
         max_steps=n_steps,
@@ -201,7 +201,7 @@ def moe_child(how: str, n_steps: int) -> dict:
     torch.manual_seed(0)
     student = SimpleNamespace(config=SimpleNamespace(text_config=text), language_model=hf.Qwen2Model(text))
     if how == "sparse":
-        sparsify(student, experts=4, top_k=2)
+        sparsify(student, 4, 2, "every_other")
     h, mask = torch.randn(1, N_VISUAL + 100, text.hidden_size), torch.ones(1, N_VISUAL + 100)
     optimizer, seconds = torch.optim.AdamW(student.language_model.parameters(), lr=1e-4, fused=True), []
     for _ in range(n_steps):

@@ -11,7 +11,7 @@ class InputError(Exception):
     """Something the user gave is wrong; the message says what, where, and what to do about it."""
 
 
-def require(right: bool, message: str) -> None:
+def require(right: object, message: str) -> None:
     """Raise an InputError with this message unless what the user gave is right."""
     if not right:
         raise InputError(message)
@@ -29,13 +29,12 @@ def cli(main: Callable[[], object]) -> None:
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
     """A kind of flag: a number from `low` to `high`."""
 
-    def parse(text: str) -> float:
+    def a_number(text: str) -> float:
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return kind(text)
 
-    parse.__name__ = {int: "whole number", float: "number"}[kind]
-    return parse
+    return a_number
 
 
 natural, positive, weight, share = number(int, 0), number(int, 1), number(float, 0), number(float, 0, 1)
@@ -52,27 +51,25 @@ def add_flags(parser: argparse.ArgumentParser, title: str, rows: list[tuple]) ->
     """
     group = parser.add_argument_group(title)
     for name, kind, default, text in rows:
-        options = {"required": True, "help": text}
-        if default is not ...:
-            shown = "" if default is None else f" (default: {default})".replace("%", "%%")
-            options = {"default": default, "help": text + shown}
+        shown = "" if default in (..., None) else f" (default: {default})".replace("%", "%%")
+        options = {"help": text + shown} | ({"required": True} if default is ... else {"default": default})
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(kind, list):
-            options |= {"nargs": "+", "type": kind[0]} if kind == [str] else {"nargs": "*", "choices": kind}
+            options |= {"nargs": "+", "type": str} if kind == [str] else {"nargs": "*", "choices": kind}
         else:
             options |= {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         group.add_argument(name, **options)
 
 
-def command_line(**flags: object) -> list[str]:
+def to_argv(**flags: object) -> list[str]:
     """What argparse reads as these flags: `None` is left out, `True` is --flag, `False` is --no-flag."""
     words = []
     for name, value in flags.items():
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
-            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return words
 
 
@@ -110,7 +107,6 @@ def add_training_flags(parser: argparse.ArgumentParser, lr: float, batch: int, s
         ("--workers", natural, 4, "data processes per rank"),
     ])  # fmt: skip
     add_flags(parser, "training", [
-        ("--out", str, ..., "folder for the checkpoint and log.jsonl"),
         ("--lr", weight, lr, f"peak learning rate; {source}"),
         ("--global_batch", positive, batch, f"samples per optimizer step, over all ranks; {source}"),
         ("--micro_batch", positive, 4, "samples per rank and forward pass: as many as fit into memory"),
@@ -120,17 +116,14 @@ def add_training_flags(parser: argparse.ArgumentParser, lr: float, batch: int, s
         ("--weight_decay", weight, 0.0, "AdamW's; as LLaVA-1.5"),
         ("--max_grad_norm", weight, 1.0, "gradients are clipped to this norm; as TinyLLaVA's trainer"),
         ("--seed", int, 0, "of the new projector and the order of samples"),
+        ("--dtype", ("auto", "bf16", "fp32"), "auto", "of arithmetic, weights stay fp32; auto: bf16 on CUDA"),
+        ("--gradient_checkpointing", bool, False, "recompute the student's layers in the backward pass"),
     ])  # fmt: skip
-    add_flags(parser, "interruptions", [
+    add_flags(parser, "the run", [
+        ("--out", str, ..., "folder for the checkpoint and log.jsonl"),
         ("--save_every", natural, 1000, "steps between training states in OUT/state, 0: only on a signal"),
         ("--keep", positive, 2, "training states to keep"),
         ("--resume", bool, None, "default: an interrupted run in OUT goes on if its code is unchanged; "
          "--resume: even if its code has changed; --no-resume: the run starts again"),
-        ("--max_bad_steps", natural, 0, "steps that may have an infinite or undefined loss or gradient; "
-         "their updates are left out"),
-    ])  # fmt: skip
-    add_flags(parser, "system", [
-        ("--dtype", ("auto", "bf16", "fp32"), "auto",
-         "precision of the arithmetic, trained weights stay fp32; auto: bf16 on CUDA, else fp32"),
-        ("--gradient_checkpointing", bool, False, "recompute the student's layers in the backward pass"),
+        ("--max_bad_steps", natural, 0, "steps to leave out because loss or gradient are not finite"),
     ])  # fmt: skip

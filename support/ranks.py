@@ -20,7 +20,7 @@ class Ranks:
 
     def __init__(self, device: torch.device):
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
-        self._ddp, self._handlers, self._signalled = None, {}, False
+        self._ddp, self._handlers, self._signals = None, {}, []
 
     def sum(self, numbers: Tensor) -> Tensor:
         """The sum of all ranks' tensors, in place."""
@@ -45,14 +45,11 @@ class Ranks:
         """From here on SIGTERM and SIGINT do not end the process, but are what `stop_was_asked` asks for."""
         if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
             for number in signal.SIGTERM, signal.SIGINT:
-                self._handlers[number] = signal.signal(number, self._note_signal)
-
-    def _note_signal(self, *_: object) -> None:
-        self._signalled = True
+                self._handlers[number] = signal.signal(number, lambda *caught: self._signals.append(caught))
 
     def stop_was_asked(self) -> bool:
         """Whether any rank has caught a signal; the same answer on every rank."""
-        return bool(self.sum(torch.tensor(float(self._signalled), device=self.device)))
+        return bool(self.sum(torch.tensor(float(len(self._signals)), device=self.device)))
 
     def let_go(self) -> None:
         """Free the DDP wrapper and give the signals back to whoever had them."""
@@ -71,9 +68,9 @@ def process_group() -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     outermost, store = not dist.is_initialized(), dist.HashStore()  # the store of a group of one
     if outermost:
-        if "RANK" in os.environ:
-            # Ranks that torchrun starts again would find the dead ones' addresses in its store: each attempt
-            # has names of its own there.
+        if (
+            "RANK" in os.environ
+        ):  # a name for each attempt: else restarted ranks find the dead ones' addresses
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(f"attempt {attempt}", next(rendezvous("env://"))[0])
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)

@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import evaluate
-from support.flags import InputError, command_line
+from support.flags import InputError, to_argv
 from support.metrics import (
     exact_match,
     hallucination,
@@ -143,9 +143,7 @@ def test_what_is_no_llava_checkpoint_is_refused(questions, world, parts, tmp_pat
         ("/nowhere", "cannot load the checkpoint /nowhere"),
     ):
         with pytest.raises(InputError, match=message):
-            evaluate.main(
-                command_line(model=path, questions=questions, images=world / "images", out=tmp_path)
-            )
+            evaluate.main(to_argv(model=path, questions=questions, images=world / "images", out=tmp_path))
 
 
 def test_only_the_last_position_gets_logits(questions, world, checkpoints, monkeypatch, tmp_path):
@@ -158,7 +156,7 @@ def test_only_the_last_position_gets_logits(questions, world, checkpoints, monke
         "forward",
         lambda self, x: (rows.append(x.shape[1]) if is_head(self) else None, forward(self, x))[1],
     )
-    evaluate.main(command_line(model=checkpoints["small"], questions=questions, images=world / "images",
+    evaluate.main(to_argv(model=checkpoints["small"], questions=questions, images=world / "images",
                                out=tmp_path, max_new_tokens=3))  # fmt: skip
     assert rows
     assert set(rows) == {1}

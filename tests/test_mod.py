@@ -113,7 +113,7 @@ def test_at_step_0_the_sparse_student_is_the_dense_one(checkpoints, shape):
 def test_as_printed_the_kept_weights_do_not_sum_to_one(checkpoints):
     dense, ids, mask, z = batch_of(checkpoints["small"])
     want = dense(ids, mask, z)
-    moe.sparsify(dense, 4, 2, renormalise=False)
+    moe.sparsify(dense, 4, 2, "every_other", renormalise=False)
     assert (dense(ids, mask, z) - want).abs().max() > 1e-2
     assert dense.config.text_config.norm_topk_prob is False
 

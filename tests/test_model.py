@@ -94,9 +94,10 @@ def test_a_stock_checkpoint_loads_here(tmp_path, checkpoints):
 
 def test_a_teacher_is_frozen_and_has_a_tower_only_if_it_sees_otherwise(checkpoints, tmp_path):
     student = Llava.from_checkpoint(checkpoints["small"])
-    load = lambda path, kind: load_teacher(
-        SimpleNamespace(teacher=path, teacher_dtype=kind), student, torch.float32
-    )  # noqa: E731
+
+    def load(path, kind):
+        return load_teacher(SimpleNamespace(teacher=path, teacher_dtype=kind), student, torch.float32)
+
     assert load(None, "auto") is None
     assert load(checkpoints["large"], "auto").lm_head.weight.dtype == torch.float32
     teacher = load(checkpoints["large"], "bf16")

@@ -15,7 +15,7 @@ import dpt
 import sft
 from data import schedule
 from support import chunks
-from support.flags import command_line
+from support.flags import to_argv
 
 
 def weights(path) -> dict[str, torch.Tensor]:
@@ -285,7 +285,7 @@ def test_chunked_and_plain_give_the_same_training_curve_on_the_toy_world(tmp_pat
             "global_batch": 16, "micro_batch": 8, "max_steps": 12}  # fmt: skip
     for name in "small", "large":
         dpt.main(
-            command_line(vision=f"{BASE}/siglip", llm=f"{BASE}/qwen-{name}", out=f"{tmp_path}/{name}", **data)
+            to_argv(vision=f"{BASE}/siglip", llm=f"{BASE}/qwen-{name}", out=f"{tmp_path}/{name}", **data)
         )
     curves = []
     for name in "plain", "chunked":
@@ -294,7 +294,7 @@ def test_chunked_and_plain_give_the_same_training_curve_on_the_toy_world(tmp_pat
                 patch.setattr(dft, "over_rows", over_full_logits)
             else:
                 patch.setattr(chunks, "CHUNK", 50 * 512)  # 50 rows
-            dft.main(command_line(student=f"{tmp_path}/small", teacher=f"{tmp_path}/large", lr=2e-3,
+            dft.main(to_argv(student=f"{tmp_path}/small", teacher=f"{tmp_path}/large", lr=2e-3,
                                   out=f"{tmp_path}/{name}", **data))  # fmt: skip
         keys = ("loss", "l_reg", "l_res", "l_vis", "l_rel")
         curves.append([[line[k] for k in keys] for line in log_of(tmp_path / name)])
