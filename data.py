@@ -6,9 +6,9 @@ text-only samples have no `image`, and every `<image>` in the conversation stand
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
+from argparse import Namespace
 from collections import namedtuple
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -34,9 +34,8 @@ class Encoder:
         self.tokenizer, self.n_visual = student.processor.tokenizer, student.n_visual_tokens
         self.image_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.max_len, self.caption_only = max_len, caption_only
-        unmarked = "the chat template has no {% generation %} block, so its answers cannot be told from "
-        advice = "its prompts; start from a checkpoint made here or add the block to its template"
-        require("{% generation" in (self.tokenizer.chat_template or ""), unmarked + advice)
+        unmarked = "the chat template has no {% generation %} block that tells its answers from its prompts"
+        require("{% generation" in (self.tokenizer.chat_template or ""), f"{unmarked}; add one")
 
     def __call__(self, messages: list[dict], last_only: bool = False) -> tuple[list[int], list[bool]]:
         """(token ids, whether each is learned), at most `max_len`. Learned are the answers (or the last) and
@@ -100,9 +99,7 @@ def count_rows(micros: list[Batch], ranks: Ranks) -> Counts:
 class LlavaData(Dataset):
     """Checked samples of a data file. With `pairs`, each has a chosen and a rejected answer to one prompt."""
 
-    def __init__(
-        self, args: argparse.Namespace, student: Llava, teacher: Llava | None = None, pairs: bool = False
-    ):
+    def __init__(self, args: Namespace, student: Llava, teacher: Llava | None = None, pairs: bool = False):
         self.image_root, self.skip_bad, self.pairs = args.images, args.skip_bad, pairs
         self.encoder = encoder = Encoder(student, args.max_len, getattr(args, "caption_only", False))
         seeing = [model for model in (student, teacher) if model and model.vision_tower]
@@ -117,10 +114,8 @@ class LlavaData(Dataset):
         for i in (~fits).nonzero().flatten().tolist():
             fits[i] = all(any(learned) for _, learned in self.code(self.sample(i)[1]))
         self.usable, self.n_too_long = fits.nonzero().flatten(), int((~fits).sum())
-        long = (
-            f"have a prompt longer than --max_len {args.max_len} (an image takes {encoder.n_visual} tokens)"
-        )
-        none = f"{args.data}: no training sample is left, {self.n_too_long} of {len(fits)}"
+        long = f"a prompt longer than --max_len {args.max_len} (an image takes {encoder.n_visual} tokens)"
+        none = f"{args.data}: no training sample is left, {self.n_too_long} of {len(fits)} have"
         require(len(self), f"{none} {long}")
         self.n_images = n_images[self.usable].tolist()
         tokens = n_bytes // 4 + n_images * encoder.n_visual  # about, for grouping
@@ -169,26 +164,24 @@ class LlavaData(Dataset):
             targets[k, : n - 1] = ids[1:].where(learned[1:], IGNORE)  # shifted here and nowhere else
         visual, response = (input_ids == self.encoder.image_id) & is_token, targets != IGNORE
         is_text = is_token & ~visual
-        prompt = is_text & is_text.roll(-1, 1) & ~response
+        prompt, pixels = is_text & is_text.roll(-1, 1) & ~response, []
         prompt[:, -1] = False  # nothing follows
-        pixels = []
         for k, processor in enumerate(self.image_processors):
             side = processor.size.get("height") or processor.size.get("shortest_edge")
             images = [s["pixels"][k] for s in samples if s["pixels"]]
             pixels.append(torch.cat(images) if images else torch.zeros(0, 3, side, side))  # (n, 3, H, W)
+        rows = input_ids, is_token.long(), targets, response, visual, prompt
         bad, names = [s["bad"] for s in samples if s["bad"]], [s["name"] for s in samples]
-        return Batch(
-            input_ids, is_token.long(), targets, response, visual, prompt, *(*pixels, None)[:2], bad, names
-        )
+        return Batch(*rows, *(*pixels, None)[:2], bad, names)
 
 
-def schedule(data: LlavaData, args: argparse.Namespace) -> list[list[int]]:
+def schedule(data: LlavaData, args: Namespace) -> list[list[int]]:
     """The samples of every optimizer step of the run. Depends on data, seed and batch size only."""
     epochs = (global_batches(data, args.global_batch, f"{args.seed}/{e}", args.group_by_modality)
               for e in range(args.epochs))  # fmt: skip
     steps = [batch for epoch in epochs for batch in epoch][: args.max_steps or None]
     few = f"{len(data)} usable samples, fewer than one --global_batch {args.global_batch}"
-    require(len(steps) > 0, f"{args.data} has {few}")
+    require(steps, f"{args.data} has {few}")
     return steps
 
 
@@ -211,9 +204,7 @@ def global_batches(data: LlavaData, size: int, seed: str, group_by_modality: boo
     return [sorted(batch, key=data.lengths.__getitem__, reverse=True) for batch in batches]
 
 
-def micro_batches(
-    data: LlavaData, steps: list[list[int]], first: int, run: Run
-) -> Iterator[tuple[int, list[Batch]]]:
+def micro_batches(data: LlavaData, steps: list, first: int, run: Run) -> Iterator[tuple[int, list[Batch]]]:
     """(step, this rank's micro-batches) from step `first` on; all ranks get similar lengths."""
     size, ranks = run.args.micro_batch, run.ranks
     mine = [batch[k + ranks.rank * size :][:size] for batch in steps[first:]

@@ -17,15 +17,7 @@ from data import LlavaData, count_rows, micro_batches, schedule
 from losses import autoregressive_loss, prompt_kl, relation_loss, response_kl, self_correlation, visual_kl
 from model import Llava, load_teacher
 from support.chunks import gram, over_rows
-from support.flags import (
-    add_flags,
-    add_kd_flags,
-    add_student_flags,
-    add_training_flags,
-    cli,
-    new_parser,
-    require,
-)
+from support.flags import add_flags, add_kd_flags, add_student_flags, add_training_flags, cli, new_parser
 from support.ranks import process_group
 from support.run import all_finite, begin, check_samples, open_run, save_student, set_lr, write_log
 from support.state import load_state, save_state_if_due, stop_if_asked
@@ -41,6 +33,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_kd_flags(parser, gamma=0.5, relation="matrix", source="KD §4.1")
     add_training_flags(parser, lr=1e-3, batch=256, source="KD §4.1, 32 a GPU x 8")
     args = parser.parse_args(argv)
+    if [bool(x) for x in (args.vision, args.llm, args.student)] not in ([1, 1, 0], [0, 0, 1]):
+        parser.error("give either --vision and --llm, for a new student, or --student")
     if args.teacher and "prompt" in args.targets and args.caption_only:
         parser.error("with --caption_only there are no prompt tokens to distil: add --no-caption_only")
     if not args.teacher:
@@ -50,9 +44,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def new_student(args: argparse.Namespace) -> Llava:
     """The checkpoint --student, or a new model from the parts --vision and --llm."""
-    given = [bool(args.vision), bool(args.llm), bool(args.student)]
-    right = given in ([True, True, False], [False, False, True])
-    require(right, "give either --vision and --llm, for a new student, or --student")
     return Llava.from_checkpoint(args.student) if args.student else Llava.from_parts(args.vision, args.llm)
 
 

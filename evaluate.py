@@ -87,9 +87,8 @@ def generate(model_path: str, questions: list[dict], args: argparse.Namespace) -
             turn = [{"role": "user", "content": content}]
             prompts.append(processor.apply_chat_template(turn, add_generation_prompt=True))
         inputs = processor(images=images or None, text=prompts, padding=True, return_tensors="pt")
-        tokens = model.generate(
-            **inputs.to(device, dtype), do_sample=False, max_new_tokens=args.max_new_tokens
-        )
+        inputs = inputs.to(device, dtype)
+        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=args.max_new_tokens)
         new = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for i, answer in zip(order[k : k + args.batch], new):
             answers[i] = answer.strip()

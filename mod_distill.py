@@ -16,14 +16,16 @@ import argparse
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import losses
 from data import Batch, Counts, LlavaData, count_rows, micro_batches, schedule
 from losses import autoregressive_loss, kl_baseline, prompt_kl, response_kl
 from model import Llava, load_teacher
 from moe import Experts, Router, balance, expert_load, is_sparse, parts, prepare, route, sparsify
-from support.chunks import Head, over_rows, values_of_rows
+from support.chunks import CHUNK, Head, over_rows
 from support.flags import add_flags, add_training_flags, cli, new_parser, positive, require, weight
 from support.ranks import process_group
 from support.run import all_finite, begin, check_samples, open_run, save_student, set_lr, write_log
@@ -105,9 +107,8 @@ def main(argv: list[str] | None = None) -> None:
         # ---- data, optimizer, and where an interrupted run was
         data = LlavaData(args, student, teacher, pairs=preference)
         steps = schedule(data, args)
-        optimizer = torch.optim.AdamW(  # betas: MoD Table 10
-            trained, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.98), fused=True
-        )
+        adam = {"lr": args.lr, "weight_decay": args.weight_decay, "betas": (0.9, 0.98)}  # betas: MoD Table 10
+        optimizer = torch.optim.AdamW(trained, **adam, fused=True)
         first = load_state(run, student, optimizer)
         begin(run, student, data, len(steps), first)
 
@@ -129,7 +130,11 @@ def main(argv: list[str] | None = None) -> None:
                         if teacher.vision_tower:
                             z = teacher.encode_images(batch.teacher_pixels).repeat(answers)
                         h_t = teacher(batch.input_ids, batch.attention_mask, z)
-            return h_s, h_t, log_ratios(batch, (h_s, w_s), (h_t, w_t)) if preference else None
+            if not preference:
+                return h_s, h_t, None
+            with torch.no_grad():
+                reference = log_p(batch, (h_t.to(w_t.dtype), w_t))
+            return h_s, h_t, (log_p(batch, (h_s, w_s)) - reference).view(2, -1)
 
         def sums(ratios: Tensor | None) -> Tensor:
             """Of the batch just passed: its summed log-ratios (2,), then the tokens that each expert got."""
@@ -194,14 +199,19 @@ def mimic_loss(
     return over_rows(objective, kinds, batch.targets, student, teacher)
 
 
-def log_ratios(batch: Batch, student: Head, teacher: Head) -> Tensor:
-    """log pi_S(y|x) - log pi_T(y|x) of chosen and rejected answers (2, B), summed over their tokens."""
-    rows, y = batch.response, batch.targets
-    log_s = values_of_rows(losses.log_probability, rows, y, student)  # (N,)
-    with torch.no_grad():
-        log_t = values_of_rows(losses.log_probability, rows, y, teacher)
-    answer = rows.nonzero()[:, 0]  # (N,) that a row belongs to
-    return log_s.new_zeros(len(rows)).index_add(0, answer, log_s - log_t).view(2, -1)
+def log_p(batch: Batch, model: Head) -> Tensor:
+    """log pi(y|x) of every answer (2B,), summed over its tokens: Eq. (8) is no sum over rows. The logits are
+    formed in chunks, and once more in the backward pass.
+    """
+    (h, w), rows = model, batch.response
+
+    def of_chunk(h: Tensor, y: Tensor) -> Tensor:
+        z = h @ w.to(h.dtype).T  # (n, V)
+        return losses.log_probability(F.log_softmax(z.to(torch.promote_types(z.dtype, torch.float32)), -1), y)
+
+    chunks = zip(*(x[rows].split(max(1, CHUNK // len(w))) for x in (h, batch.targets)))
+    of_rows = torch.cat([checkpoint(of_chunk, *c, use_reentrant=False) for c in chunks])  # (N,)
+    return of_rows.new_zeros(len(rows)).index_add(0, rows.nonzero()[:, 0], of_rows)
 
 
 def preference_loss(

@@ -41,9 +41,8 @@ def check_sample(where: str, record: object, image_root: str, exist: bool = True
         while IMAGE_TOKEN in text:  # taking one out may make another: "<im<image>age>"
             text = text.replace(IMAGE_TOKEN, "")
         n_markers += n
-        messages.append(
-            {"role": role, "content": [{"type": "image"}] * n + [{"type": "text", "text": text.strip()}]}
-        )
+        content = [{"type": "image"}] * n + [{"type": "text", "text": text.strip()}]
+        messages.append({"role": role, "content": content})
     learned = any(m["role"] == "assistant" for m in messages)
     require(learned, f"{where} has no 'gpt' turn that answers a human one: there is nothing to learn")
     return [messages], check_images(where, record.get("image"), n_markers, image_root, exist)
@@ -91,12 +90,9 @@ def check_images(
 
 def load_image(where: str, image_root: str, path: str) -> Image.Image:
     """The image as RGB, upright; an InputError names the sample and the file."""
-    full, root = (
-        os.path.realpath(os.path.join(image_root, path)),
-        os.path.join(os.path.realpath(image_root), ""),
-    )
-    advice = "point --images higher or copy it"
-    require(full.startswith(root), f"{where}: image {path} leads out of {image_root} by a link; {advice}")
+    full, root = (os.path.realpath(p) for p in (os.path.join(image_root, path), image_root))
+    advice = "leads out of it by a link; point --images higher or copy it"
+    require(full.startswith(os.path.join(root, "")), f"{where}: image {path} in {image_root} {advice}")
     try:
         with Image.open(full) as image:
             limit = Image.MAX_IMAGE_PIXELS or math.inf  # Pillow only warns up to twice that
@@ -107,9 +103,7 @@ def load_image(where: str, image_root: str, path: str) -> Image.Image:
         raise InputError(f"{where}: image {full} cannot be read ({error})") from None
 
 
-def load_stock(
-    path: str, dtype: torch.dtype, weights: bool = True
-) -> tuple[hf.LlavaForConditionalGeneration, hf.LlavaProcessor]:
+def load_stock(path: str, dtype: torch.dtype, weights: bool = True) -> tuple[nn.Module, hf.LlavaProcessor]:
     """Model and processor of a LLaVA-format checkpoint, or an InputError; without weights only its shapes."""
     with loading(f"the checkpoint {path}"):
         config = hf.AutoConfig.from_pretrained(path)

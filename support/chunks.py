@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 CHUNK = 1 << 25  # logits formed at a time: 220 rows of 151,936 ids
 BLOCK = 1 << 20  # logits that pointwise work passes over at a time on a CPU: they stay in its cache
@@ -104,19 +103,6 @@ def _logits(hidden: Tensor, head: Tensor, out: Tensor) -> Tensor:
     for z, w in zip(out.split(ids, dim=1), head.split(ids)):
         torch.mm(hidden, w.T, out=z)
     return out
-
-
-def values_of_rows(function: Callable[..., Tensor], kind: Tensor, y: Tensor, model: Head) -> Tensor:
-    """function(log_p (N, V), y (N,)) -> (N,) of all rows of a mask (B, T), for losses that are no sum over
-    rows. The logits are formed in chunks, and once more in the backward pass.
-    """
-
-    def of_chunk(h: Tensor, y: Tensor) -> Tensor:
-        z = h @ model[1].to(h.dtype).T
-        return function(F.log_softmax(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1), y)
-
-    parts = zip(*(x[kind].split(max(1, CHUNK // len(model[1]))) for x in (model[0], y)))
-    return torch.cat([checkpoint(of_chunk, *p, use_reentrant=False, preserve_rng_state=False) for p in parts])
 
 
 class _Gram(torch.autograd.Function):

@@ -8,6 +8,7 @@ that it works on.
 import hashlib
 import json
 import os
+import shutil
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,6 @@ from support.flags import InputError, require
 
 BLANK = b"\xef\xbb\xbf \t\r\n"  # a byte order mark is no data
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "multimodal-distillation"
-Measure = Callable[[str, object], tuple[int, ...]]
 
 
 def records(path: str | Path) -> Iterator[tuple[str, object]]:
@@ -55,56 +55,46 @@ class Index:
     made under other checks is not used.
     """
 
-    def __init__(self, path: str, checks: str, width: int, measure: Measure):
-        self.path, self._lines = Path(path), None
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            self._find_or_make(checks, measure)
+    def __init__(self, path: str, checks: str, width: int, measure: Callable[[str, object], tuple[int, ...]]):
+        self.path, self._lines = path, None
+        try:
+            real, status = os.path.realpath(path), os.stat(path)
+        except OSError as error:
+            raise InputError(f"cannot read the data file {path}: {error.strerror}") from None
+        key = json.dumps([2, real, status.st_size, status.st_mtime_ns, checks])
+        name = f"{os.path.basename(real)}.{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        self.place = CACHE / name
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not self.place.exists():
+            try:
+                self._make(measure)
+            except OSError as error:
+                advice = f"{error.strerror}; point XDG_CACHE_HOME to a folder with room"
+                raise InputError(f"cannot write an index of {path} to {CACHE}: {advice}") from None
         if dist.is_initialized():
             dist.barrier()  # the other ranks of this machine wait until it is there
-        self.place = self._find_or_make(checks, measure)
-        table = torch.from_file(str(self.place), size=self.place.stat().st_size // 8, dtype=torch.int64)
+        size = (self.place / "table").stat().st_size // 8
+        table = torch.from_file(str(self.place / "table"), size=size, dtype=torch.int64)
         self.sizes, self._spans = table.view(-1, width + 2).tensor_split([width], dim=1)
 
-    def _find_or_make(self, checks: str, measure: Measure) -> Path:
+    def _make(self, measure: Callable[[str, object], tuple[int, ...]]) -> None:
+        beside, table, start = self.place.with_name(f"{self.place.name}.{os.getpid()}"), array("q"), 0
+        beside.mkdir(parents=True, exist_ok=True)
         try:
-            real, status = self.path.resolve(), os.stat(self.path)
-        except OSError as error:
-            raise InputError(f"cannot read the data file {self.path}: {error.strerror}") from None
-        key = json.dumps([2, str(real), status.st_size, status.st_mtime_ns, checks])
-        place = CACHE / f"{real.name}.{hashlib.sha256(key.encode()).hexdigest()[:16]}.index"
-        if place.exists():
-            return place
-        try:
-            CACHE.mkdir(parents=True, exist_ok=True)
-            self._make(place, measure)
-        except OSError as error:
-            advice = "point XDG_CACHE_HOME to a folder with room"
-            raise InputError(
-                f"cannot write an index of {real} to {CACHE}: {error.strerror}; {advice}"
-            ) from None
-        return place
-
-    def _make(self, place: Path, measure: Measure) -> None:
-        table, start, files = array("q"), 0, (place.with_suffix(".lines"), place)
-        beside = [file.with_name(f"{file.name}.{os.getpid()}") for file in files]
-        try:
-            with open(beside[0], "wb") as lines, open(beside[1], "wb") as index:
+            with open(beside / "lines", "wb") as lines:
                 for where, record in records(self.path):
-                    line = json.dumps([where.removeprefix(f"{self.path}"), record]).encode() + b"\n"
+                    line = json.dumps([where.removeprefix(self.path), record]).encode() + b"\n"
                     table.extend((*measure(where, record), start, len(line)))
                     start += lines.write(line)
-                require(len(table) > 0, f"{self.path} holds no sample")
-                table.tofile(index)
-            for written, file in zip(beside, files):
-                os.replace(written, file)
+            require(table, f"{self.path} holds no sample")
+            (beside / "table").write_bytes(table.tobytes())
+            beside.rename(self.place)
         finally:
-            for file in beside:
-                file.unlink(missing_ok=True)
+            shutil.rmtree(beside, ignore_errors=True)
 
     def read(self, i: int) -> tuple[str, object]:
         """(its place in the data file, the record) of sample `i`."""
         start, size = self._spans[i].tolist()
         if self._lines is None:  # pread: data processes share the open file, but not its position
-            self._lines = os.open(self.place.with_suffix(".lines"), os.O_RDONLY)
+            self._lines = os.open(self.place / "lines", os.O_RDONLY)
         where, record = json.loads(os.pread(self._lines, size, start))
         return f"{self.path}{where}", record

@@ -44,20 +44,13 @@ def pope(questions: list[dict], answers: list[str]) -> dict:
     """
     words = [set(answer.split(".")[0].replace(",", "").split(" ")) for answer in answers]
     count = Counter((not w & {"No", "not", "no"}, q["label"] != "no") for w, q in zip(words, questions))
-    right, yes, true = (
-        count[True, True],
-        count[True, True] + count[True, False],
-        count[True, True] + count[False, True],
-    )
+    right = count[True, True]
+    yes, true = right + count[True, False], right + count[False, True]
     precision, recall, n = right / max(yes, 1), right / max(true, 1), len(questions)
     f1 = 2 * precision * recall / max(precision + recall, 1e-12)
-    scores = {
-        "accuracy": (right + count[False, False]) / n,
-        "precision": precision,
-        "recall": recall,
-        "f1": f1,
-    }
-    return {name: 100 * value for name, value in (scores | {"yes_ratio": yes / n}).items()}
+    scores = {"accuracy": (right + count[False, False]) / n, "precision": precision, "recall": recall,
+              "f1": f1, "yes_ratio": yes / n}  # fmt: skip
+    return {name: 100 * value for name, value in scores.items()}
 
 
 def vqa(questions: list[dict], answers: list[str]) -> dict:

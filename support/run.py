@@ -70,9 +70,8 @@ def open_run(args: argparse.Namespace, stage: str, ranks: Ranks, script: str) ->
     batch cannot be divided into micro-batches.
     """
     at_once = args.micro_batch * ranks.world
-    parts = f"--micro_batch {args.micro_batch} x {ranks.world} ranks = {at_once}"
-    whole = args.global_batch % at_once == 0
-    require(whole, f"--global_batch {args.global_batch} is not a multiple of {parts}")
+    parts = f"multiple of --micro_batch {args.micro_batch} x {ranks.world} ranks = {at_once}"
+    require(args.global_batch % at_once == 0, f"--global_batch {args.global_batch} is not a {parts}")
     flags = {k: v for k, v in vars(args).items() if k not in FREE}
     identity = json.loads(json.dumps({"stage": stage} | flags | {"code": code_of(script)}))
     dtype = precision(args.dtype, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
@@ -119,9 +118,8 @@ def begin(run: Run, student: nn.Module, data, n_steps: int, first: int) -> None:
         write_identity(run, seconds=None)
     left_out = f", {data.n_too_long} more have prompts longer than --max_len" if data.n_too_long else ""
     run.say(f"{stage}: {n_steps} steps of {args.global_batch} of {len(data)} samples{left_out}")
-    run.say(
-        f"  {run.ranks.world} rank(s) x {args.micro_batch}, {str(run.dtype)[6:]} on {run.ranks.device.type}"
-    )
+    where = f"{run.ranks.world} rank(s) on {run.ranks.device.type}, {args.micro_batch} samples at a time"
+    run.say(f"  {where}, {str(run.dtype)[6:]}")
     for name, part in student.named_children():
         n = [sum(p.numel() for p in part.parameters() if p.requires_grad == on) for on in (True, False)]
         run.say(f"  {name:22s} trained {n[0]:>13,d}   frozen {n[1]:>13,d}")
@@ -177,17 +175,13 @@ def all_finite(run: Run, step: int, losses: list[dict[str, Tensor]], grad_norm: 
     return False
 
 
-def write_log(
-    run: Run, step: int, lr: float, losses: list[dict[str, Tensor]], grad_norm: Tensor, tokens: float
-) -> None:
+def write_log(run: Run, step: int, lr: float, losses: list, grad_norm: Tensor, tokens: float) -> None:
     """A line in log.jsonl: every term summed over micro-batches and ranks, each of which holds its share."""
     shares = [torch.stack([value.detach().double() for value in terms.values()]) for terms in losses]
     terms = dict(zip(losses[0], run.ranks.sum(sum(shares)).tolist()))
-    speed, run.clock = tokens / (time.perf_counter() - run.clock), time.perf_counter()
+    speed, run.clock = round(tokens / (time.perf_counter() - run.clock)), time.perf_counter()
     if run.ranks.rank == 0:
-        line = (
-            {"step": step, "lr": lr, "tokens_per_s": round(speed)} | terms | {"grad_norm": float(grad_norm)}
-        )
+        line = {"step": step, "lr": lr, "tokens_per_s": speed} | terms | {"grad_norm": grad_norm.item()}
         line = {k: v if math.isfinite(v) else None for k, v in line.items()}  # JSON has no NaN
         with open(run.out / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")

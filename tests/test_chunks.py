@@ -3,17 +3,9 @@
 import pytest
 import torch
 
-from losses import (
-    autoregressive_loss,
-    log_probability,
-    prompt_kl,
-    relation_loss,
-    response_kl,
-    self_correlation,
-    visual_kl,
-)
+from losses import autoregressive_loss, prompt_kl, relation_loss, response_kl, self_correlation, visual_kl
 from support import chunks
-from support.chunks import gram, over_rows, values_of_rows
+from support.chunks import gram, over_rows
 
 
 def reverse_kl(log_s, log_t, weights):
@@ -248,18 +240,3 @@ def test_one_gram_serves_all_micro_batches_of_a_step():
         self_correlation(part[None], g).square().sum().backward()
     want = torch.autograd.grad(self_correlation(h @ w[:7].T).square().sum(), w)[0]
     assert torch.allclose(w.grad, want, rtol=1e-10)
-
-
-@pytest.mark.parametrize("chunk", [1 << 25, 40])
-def test_values_of_rows(chunk, monkeypatch):
-    """For a loss that is no sum over rows: every row's own log-probability, with gradients."""
-    monkeypatch.setattr(chunks, "CHUNK", chunk)
-    case = Case(v_s=13)
-    plain = (case.hidden @ case.head.T).log_softmax(-1)[case.response]
-    plain = plain[torch.arange(4), case.y[case.response]]
-    ours = values_of_rows(log_probability, case.response, case.y, (case.hidden, case.head))
-    assert torch.allclose(plain, ours, atol=1e-12)
-    loss = lambda rows: (rows.view(2, 2).sum(1).square() * torch.tensor([1, 3])).sum()  # noqa: E731
-    inputs = case.hidden, case.head
-    for a, b in zip(torch.autograd.grad(loss(plain), inputs), torch.autograd.grad(loss(ours), inputs)):
-        assert torch.allclose(a, b, atol=1e-10)

@@ -269,7 +269,7 @@ def test_corrupt_images_become_empty_samples_that_are_counted(world, processor, 
     batch = data.collate([data[0], data[1]])
     assert "0.png cannot be read" in batch.bad[0]
     assert "(id g)" in batch.bad[0]
-    assert "leads out of" in batch.bad[1]
+    assert "leads out of it by a link" in batch.bad[1]
     assert count_rows([batch], Alone) == (1, 1, 1, 1, 2, 2)  # no rows and no images count as 1
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,6 +79,24 @@ def test_the_kto_baseline_has_no_gradient():
     s = lambda v: 1 / (1 + math.exp(-v))  # noqa: E731
     slope = lambda v: 0.3 * s(v) * (1 - s(v)) / 2  # noqa: E731
     assert x.grad.tolist() == pytest.approx([-slope(0.3 * (0.5 - 2)), slope(0.3 * (0.5 - 2))])
+
+
+@pytest.mark.parametrize("chunk", [1 << 25, 40])
+def test_log_probabilities_of_answers(chunk, monkeypatch):
+    """In chunks and with gradients, against full logits."""
+    monkeypatch.setattr(mod_distill, "CHUNK", chunk)
+    torch.manual_seed(0)
+    h, w = (torch.randn(*shape, 5, dtype=torch.float64, requires_grad=True) for shape in ((2, 6), (13,)))
+    y, rows = (
+        torch.randint(0, 13, (2, 6)),
+        torch.tensor([[False, True, True, False, True, False], [True] * 6]),
+    )
+    plain = ((h @ w.T).log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1) * rows).sum(1)
+    ours = mod_distill.log_p(SimpleNamespace(response=rows, targets=y), (h, w))
+    assert torch.allclose(plain, ours, atol=1e-12)
+    loss = lambda x: (x.square() * torch.tensor([1, 3])).sum()  # noqa: E731
+    for a, b in zip(torch.autograd.grad(loss(plain), (h, w)), torch.autograd.grad(loss(ours), (h, w))):
+        assert torch.allclose(a, b, atol=1e-10)
 
 
 # ---------------------------------------------------------------------------------- the sparse student
