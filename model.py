@@ -3,9 +3,8 @@
     image -> vision tower -> Z_v (n, Np, C) -> projector -> H_v (n, Np, D)
     text  -> embedding    -> H_t (B, T, D), H_v written over its <image> positions -> LLM -> h (B, T, D)
 
-The towers and language models themselves are those of transformers; so is the format on disk: `Llava.save`
-writes what stock `LlavaForConditionalGeneration` and `AutoProcessor` load, and `Llava.from_checkpoint`
-reads any checkpoint in that format. What is frozen is decided by the stage scripts, not here.
+The towers and language models themselves are those of transformers, and so is the format on disk: stock
+`LlavaForConditionalGeneration` and `AutoProcessor` load what is saved here. The stages decide what is frozen.
 """
 
 from __future__ import annotations

@@ -35,9 +35,9 @@ def over_rows(
                rows of one kind and none of the others, until all rows have passed
     kinds      a mask (B, T) for each of its arguments; None for no rows
     y          (B, T) the token that follows each position
-    Logits are formed in the precision of the student's hidden states and of the teacher's head; all else is
-    computed in fp32 (fp64 for an fp64 student). The gradients are ready when this returns: the loss may be
-    scaled and added to others, and differentiated once (RuntimeError after that).
+    Logits have the precision of the student's hidden states and of the teacher's head; all else is fp32 (fp64
+    for an fp64 student). The gradients are ready when this returns: the loss may be scaled, added to others
+    and differentiated once (RuntimeError after that).
     """
     kinds = [torch.zeros_like(y, dtype=torch.bool) if kind is None else kind for kind in kinds]
     pick = lambda x: torch.cat([x[kind] for kind in kinds])  # noqa: E731  # (N, ...), kind by kind

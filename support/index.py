@@ -1,8 +1,7 @@
 """A data file of any size, read one sample at a time through an index on disk.
 
 The index is made once for a file, by one process, in the user's cache folder: the samples as lines, and a
-table of where each line stands and how large the sample is. After that no process holds more than the samples
-that it works on.
+table of where each line stands and how large the sample is. No process holds more than what it works on.
 """
 
 import hashlib

@@ -64,10 +64,8 @@ def code_of(script: str | Path) -> dict[str, str]:
 
 
 def open_run(args: argparse.Namespace, stage: str, ranks: Ranks, script: str) -> Run:
-    """The run that `args` ask for. Looks into OUT and changes nothing there.
-
-    Raises InputError if OUT holds another run, this run by other code, or something else, or if the global
-    batch cannot be divided into micro-batches.
+    """The run that `args` ask for. Looks into OUT and changes nothing there. Raises InputError if OUT holds
+    another run, this run by other code, or something else, or if the global batch cannot be divided.
     """
     at_once = args.micro_batch * ranks.world
     parts = f"multiple of --micro_batch {args.micro_batch} x {ranks.world} ranks = {at_once}"

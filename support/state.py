@@ -2,7 +2,7 @@
 
 A state is one file, `state/step-00000100.<sha256 of its bytes>.pt`: written beside, flushed to the disk and
 renamed, so that the one before it stays good until this one is complete, and any change of its bytes shows.
-It holds the trained weights and the optimizer; random numbers depend on seed, step and rank alone.
+Weights and optimizer are in it; random numbers depend on seed, step and rank alone.
 """
 
 import hashlib
@@ -92,8 +92,8 @@ def newest_sound(folder: Path, ranks: Ranks) -> Path | None:
         print(f"warning: {path} is damaged, the state before it is used", file=sys.stderr, flush=True)
     dist.broadcast(found, 0)
     same = [path for path in states(folder) if int(path.name[5:13]) == found]
-    seen = bool(same or found < 0)
-    require(seen, f"rank {ranks.rank} does not see step {found} in {folder}: nodes must share --out")
+    lost = found >= 0 and not same
+    require(not lost, f"rank {ranks.rank} does not see step {found} in {folder}: nodes must share --out")
     return same[0] if same else None
 
 
