@@ -52,10 +52,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
 def plan(args: argparse.Namespace, shared: list[str]) -> Iterator[tuple[ModuleType, list[str]]]:
     """The whole cascade in order: each stage and its command line."""
     names = [os.path.basename(os.path.normpath(teacher)) for teacher in args.teachers]
-    student = {"vision": args.vision, "llm": args.llm, "student": args.student}
+    student = {key: vars(args)[key] for key in ("vision", "llm", "student", "template")}
     starts, teachers = [student] + [None] * (len(names) - 1), args.teachers  # None: the last round's student
     if args.strategy == "top-down":
-        new = [{"vision": args.vision, "llm": llm} for llm in args.assistant_llms or []]
+        new = [student | {"llm": llm} for llm in args.assistant_llms or []]
         starts = new or [{"student": teacher} for teacher in args.teachers[:-1]]
         names, starts = [*names[-2::-1], "student"], [*starts[::-1], student]
         teachers = [args.teachers[-1]] + [None] * (len(names) - 1)
@@ -76,7 +76,7 @@ def plan(args: argparse.Namespace, shared: list[str]) -> Iterator[tuple[ModuleTy
 
 def check_teachers(args: argparse.Namespace) -> None:
     """Refuse all teachers that the student cannot learn from, before any of them is loaded whole."""
-    student, problems = dpt.new_student(args), []
+    student, problems = dpt.new_student(argparse.Namespace(**vars(args), teacher=args.teachers[0])), []
     for path in args.teachers:
         try:
             student.check_teacher(Llava.from_checkpoint(path, weights=False))

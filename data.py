@@ -1,4 +1,4 @@
-"""LLaVA samples -> batches: the chat template and its mask, padding, grouping, the order of samples.
+"""LLaVA samples -> batches: what is learned, padding, grouping, the order of samples.
 
 A sample is `{"id", "image": path or [paths], "conversations": [{"from": "human"|"gpt", "value"}, ...]}`;
 text-only samples have no `image`, and every `<image>` in the conversation stands for one image, in order.
@@ -18,51 +18,36 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from model import Llava
-from support.checks import IMAGE_TOKEN, check_pair, check_sample, load_image
+from support.chat import IGNORE, IMAGE_TOKEN, PROBE
+from support.checks import check_pair, check_sample, load_image
 from support.flags import InputError, require
 from support.index import Index
 from support.ranks import Ranks, ignore_signals
 from support.run import Run
 
-IGNORE = -100  # the target of a position whose next token is given, not predicted
-
 
 class Encoder:
-    """Messages -> token ids, through the tokenizer's chat template, and which of them are answers."""
+    """Messages -> token ids and targets, images as many tokens as they become."""
 
     def __init__(self, student: Llava, max_len: int, caption_only: bool = False):
-        self.tokenizer, self.n_visual = student.processor.tokenizer, student.n_visual_tokens
-        self.image_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.chat, self.n_visual = student.chat, student.n_visual_tokens
+        self.image_id = self.chat.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.max_len, self.caption_only = max_len, caption_only
-        unmarked = "the chat template has no {% generation %} block that tells its answers from its prompts"
-        require("{% generation" in (self.tokenizer.chat_template or ""), f"{unmarked}; add one")
 
-    def __call__(self, messages: list[dict], last_only: bool = False) -> tuple[list[int], list[bool]]:
-        """(token ids, whether each is learned), at most `max_len`. Learned are the answers (or the last) and
-        their end tokens. A conversation that is too long ends early: before the first image that does not fit
-        whole, else in the middle of a text.
+    def __call__(self, messages: list[dict], last_only: bool = False) -> tuple[list[int], list[int]]:
+        """(token ids, targets), at most `max_len`, as `Chat.encode` has them. A conversation that is too long
+        ends early: before the first image that does not fit whole, else in the middle of a text.
         """
-        if self.caption_only:  # as LLaVA's pre-training: `<image>` and the caption, without the question
-            images = [self.image_id for m in messages for part in m["content"] if part["type"] == "image"]
-            caption = " ".join(m["content"][-1]["text"] for m in messages if m["role"] == "assistant")
-            text = self.tokenizer(caption, add_special_tokens=False)["input_ids"]
-            pieces = [*images, *text, self.tokenizer.eos_token_id]
-            answers = [0] * len(images) + [1] * (len(text) + 1)
-        else:
-            options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-            coded = self.tokenizer.apply_chat_template(messages, **options)
-            pieces, answers = coded["input_ids"], coded["assistant_masks"]
-        if last_only:
-            given = len(answers) - answers[::-1].index(0)
-            answers = [0] * given + answers[given:]
-        ids, learned = [], []
-        for token, answer in zip(pieces, answers):
+        pieces = self.chat.caption(messages) if self.caption_only else self.chat.encode(messages, last_only)
+        ids, targets = [], []
+        for token, target in zip(*pieces):
             width = self.n_visual if token == self.image_id else 1
             if len(ids) + width > self.max_len:
+                targets[-1:] = [IGNORE] * len(targets[-1:])  # its token did not fit
                 break
             ids += [token] * width
-            learned += [bool(answer)] * width
-        return ids, learned
+            targets += [IGNORE] * (width - 1) + [target]
+        return ids, targets
 
 
 class Batch(NamedTuple):
@@ -74,7 +59,7 @@ class Batch(NamedTuple):
     response: Tensor  # (B, T) True where it is: the rows of Eqs. (1) and (2)
     visual: Tensor  # (B, T) True at image tokens: the rows of Eqs. (3)-(5)
     prompt: Tensor  # (B, T) True at text that is followed by given text
-    pixel_values: Tensor  # (n, 3, H, W), the batch's images in reading order; n may be 0
+    pixel_values: Tensor  # (n, 3, H, W) bytes, the batch's images in reading order; n may be 0
     teacher_pixels: Tensor | None  # the same prepared for a teacher with a tower of its own
     bad: list[str]  # what was wrong with samples that could not be read
     names: list[str]  # of the samples
@@ -106,35 +91,48 @@ class LlavaData(Dataset):
         self.image_processors = [model.processor.image_processor for model in seeing]
         self.check = check_pair if pairs else check_sample
         checks = "" if args.skip_bad else f"images in {os.path.realpath(args.images)}"
-        self.index = Index(args.data, f"{self.check.__name__} {checks}", 5, self.measure)
-        n_images, n_bytes, images, turns, text = self.index.sizes.unbind(1)
-        # A token has at least one byte; the template adds less than 16 tokens to a turn and 2 to an image.
-        prompt = images * (encoder.n_visual + 2) + (0 if encoder.caption_only else 16 * (turns + 1) + text)
-        fits = prompt < encoder.max_len  # for certain; of the others we look at the tokens
+        self.index = Index(args.data, f"{self.check.__name__} {checks}", 6, self.measure, args.skip_bad > 0)
+        self.bad, n = self.index.bad, len(self.index.bad) + len(self.index.sizes)
+        advice = f"{len(self.bad)} of {n} samples are bad, more than --skip_bad {args.skip_bad} allows"
+        require(len(self.bad) <= args.skip_bad, f"{''.join(self.bad[:1])}; {advice}")
+        n_images, n_bytes, images, turns, text, unmarked = self.index.sizes.unbind(1)
+        # A token has at least one byte; the template adds to a turn less than to the whole of a conversation.
+        extra = len(student.chat.encode(PROBE)[0])
+        fixed = 2 if encoder.caption_only else extra * (turns + 1) + text
+        fits = images * (encoder.n_visual + 2) + fixed < encoder.max_len  # for certain; of others we look
+        if pairs:  # and both answers to the end: cut, they may be the same
+            fits &= n_images * encoder.n_visual + extra * (turns + 2) + n_bytes < encoder.max_len
         for i in (~fits).nonzero().flatten().tolist():
-            fits[i] = all(any(learned) for _, learned in self.code(self.sample(i)[1]))
+            rows = self.code(self.sample(i)[1])
+            learned = all(any(target != IGNORE for target in targets) for _, targets in rows)
+            fits[i] = learned and (not pairs or rows[0] != rows[1])
         self.usable, self.n_too_long = fits.nonzero().flatten(), int((~fits).sum())
         long = f"a prompt longer than --max_len {args.max_len} (an image takes {encoder.n_visual} tokens)"
         none = f"{args.data}: no training sample is left, {self.n_too_long} of {len(fits)} have"
-        require(len(self), f"{none} {long}")
-        self.n_images = n_images[self.usable].tolist()
+        require(len(self), f"{none} {long}" + " or answers that are the same until there" * pairs)
+        self.n_images, self.n_unmarked = n_images[self.usable].tolist(), int(unmarked[self.usable].sum())
         tokens = n_bytes // 4 + n_images * encoder.n_visual  # about, for grouping
         self.lengths = tokens[self.usable].clamp_max(encoder.max_len).tolist()
 
     def measure(self, where: str, record: object) -> tuple[int, ...]:
-        """Check a record. Its images and bytes of text; images, turns and bytes before what is learned."""
-        (messages, *_), images = self.check(where, record, self.image_root, exist=not self.skip_bad)
-        n_bytes = [sum(len(part.get("text", "").encode()) for part in m["content"]) for m in messages]
+        """Check a record. Its images and bytes of text; images, turns and bytes before what is learned; and
+        whether its images have no markers.
+        """
+        sample = self.check(where, record, self.image_root, exist=not self.skip_bad)
+        messages = sample.conversations[0]
+        n_bytes = [max(sum(len(part.get("text", "").encode()) for part in one["content"]) for one in turn)
+                   for turn in zip(*sample.conversations)]  # fmt: skip
         first = len(messages) - 1 if self.pairs else [m["role"] for m in messages].index("assistant")
         before = sum(part["type"] == "image" for m in messages[:first] for part in m["content"])
-        return len(images), sum(n_bytes), before, first, sum(n_bytes[:first])
+        return len(sample.images), sum(n_bytes), before, first, sum(n_bytes[:first]), sample.unmarked
 
     def sample(self, i: int) -> tuple[str, list[list[dict]], list[str]]:
         """(its name, conversations, image paths) of sample `i` of the index, read from the disk."""
         where, record = self.index.read(i)
-        return f"{where} (id {record.get('id')})", *self.check(where, record, self.image_root, exist=False)
+        conversations, images, _ = self.check(where, record, self.image_root, exist=False)
+        return f"{where} (id {record.get('id')})", conversations, images
 
-    def code(self, conversations: list[list[dict]]) -> list[tuple[list[int], list[bool]]]:
+    def code(self, conversations: list[list[dict]]) -> list[tuple[list[int], list[int]]]:
         return [self.encoder(messages, last_only=self.pairs) for messages in conversations]
 
     def __len__(self) -> int:
@@ -142,26 +140,29 @@ class LlavaData(Dataset):
 
     def __getitem__(self, i: int) -> dict:
         name, conversations, paths = self.sample(int(self.usable[i]))
-        rows, pixels, bad = self.code(conversations), None, None
-        n_images = rows[0][0].count(self.encoder.image_id) // self.encoder.n_visual  # that were not cut off
+        pixels, bad = None, None
         try:
+            rows = self.code(conversations)
+            n_images = (
+                rows[0][0].count(self.encoder.image_id) // self.encoder.n_visual
+            )  # that were not cut off
             images = [load_image(name, self.image_root, path) for path in paths[:n_images]]
-            if images:
-                pixels = [p(images, return_tensors="pt")["pixel_values"] for p in self.image_processors]
+            if images:  # as bytes, a quarter of their floats; `Llava.encode_images` does the last steps
+                raw = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+                pixels = [p(images, **raw)["pixel_values"] for p in self.image_processors]
         except InputError as error:  # one token that is not learned keeps the batch's shape
-            rows, bad = [([self.encoder.tokenizer.eos_token_id], [False])] * len(rows), str(error)
+            rows, bad = [([self.encoder.chat.end_id], [IGNORE])] * len(conversations), str(error)
         return {"name": name, "rows": rows, "pixels": pixels, "bad": bad}
 
     def collate(self, samples: list[dict]) -> Batch:
         """B pairs become 2B rows: the chosen answers, then the rejected ones in the same order."""
         rows = [row for conversation in zip(*(s["rows"] for s in samples)) for row in conversation]
         shape = len(rows), max(len(ids) for ids, _ in rows)
-        input_ids = torch.full(shape, self.encoder.tokenizer.pad_token_id)
+        input_ids = torch.full(shape, self.encoder.chat.tokenizer.pad_token_id)
         is_token, targets = torch.zeros(shape, dtype=torch.bool), torch.full(shape, IGNORE)
-        for k, (ids, learned) in enumerate(rows):
-            ids, learned, n = torch.tensor(ids), torch.tensor(learned), len(ids)
-            input_ids[k, :n], is_token[k, :n] = ids, True
-            targets[k, : n - 1] = ids[1:].where(learned[1:], IGNORE)  # shifted here and nowhere else
+        for k, (ids, wanted) in enumerate(rows):
+            input_ids[k, : len(ids)], targets[k, : len(ids)] = torch.tensor(ids), torch.tensor(wanted)
+            is_token[k, : len(ids)] = True
         visual, response = (input_ids == self.encoder.image_id) & is_token, targets != IGNORE
         is_text = is_token & ~visual
         prompt, pixels = is_text & is_text.roll(-1, 1) & ~response, []
@@ -169,7 +170,8 @@ class LlavaData(Dataset):
         for k, processor in enumerate(self.image_processors):
             side = processor.size.get("height") or processor.size.get("shortest_edge")
             images = [s["pixels"][k] for s in samples if s["pixels"]]
-            pixels.append(torch.cat(images) if images else torch.zeros(0, 3, side, side))  # (n, 3, H, W)
+            none = torch.zeros(0, 3, side, side, dtype=torch.uint8)
+            pixels.append(torch.cat(images) if images else none)  # (n, 3, H, W)
         rows = input_ids, is_token.long(), targets, response, visual, prompt
         bad, names = [s["bad"] for s in samples if s["bad"]], [s["name"] for s in samples]
         return Batch(*rows, *(*pixels, None)[:2], bad, names)

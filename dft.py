@@ -73,10 +73,10 @@ def main(argv: list[str] | None = None) -> None:
                 batch = batch.to(ranks.device)
                 with ranks.exchange_gradients(now=k == len(micros)), run.autocast():
                     z = student.encode_images(batch.pixel_values)  # (n, Np, C)
-                    h_s = forward(batch.input_ids, batch.attention_mask, z)  # (B, T, D_s)
+                    h_s = forward(batch.input_ids, z)  # (B, T, D_s)
                     with torch.no_grad():
                         z_t = teacher.encode_images(batch.teacher_pixels) if teacher.vision_tower else z
-                        h_t = teacher(batch.input_ids, batch.attention_mask, z_t)  # (B, T, D_t)
+                        h_t = teacher(batch.input_ids, z_t)  # (B, T, D_t)
 
                 # ---- Eq. (7). Rows hold log phi_s, log phi_l (N, V) and the next token y (N,)
                 def objective(response, visual, prompt):

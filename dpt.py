@@ -18,6 +18,7 @@ from losses import autoregressive_loss, prompt_kl, relation_loss, response_kl, s
 from model import Llava, load_teacher
 from support.chunks import gram, over_rows
 from support.flags import add_flags, add_kd_flags, add_student_flags, add_training_flags, cli, new_parser
+from support.parts import new_llava
 from support.ranks import process_group
 from support.run import all_finite, begin, check_samples, open_run, save_student, set_lr, write_log
 from support.state import load_state, save_state_if_due, stop_if_asked
@@ -43,8 +44,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def new_student(args: argparse.Namespace) -> Llava:
-    """The checkpoint --student, or a new model from the parts --vision and --llm."""
-    return Llava.from_checkpoint(args.student) if args.student else Llava.from_parts(args.vision, args.llm)
+    """The checkpoint --student, or a new model from --vision and --llm that speaks as its teacher does."""
+    if args.student:
+        return Llava.from_checkpoint(args.student)
+    return Llava(*new_llava(args.vision, args.llm, args.teacher if args.template == "teacher" else None))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -89,11 +92,11 @@ def main(argv: list[str] | None = None) -> None:
                 batch = batch.to(ranks.device)
                 with ranks.exchange_gradients(now=k == len(micros)), run.autocast():
                     z = student.encode_images(batch.pixel_values)  # (n, Np, C)
-                    h_s = forward(batch.input_ids, batch.attention_mask, z)  # (B, T, D_s)
+                    h_s = forward(batch.input_ids, z)  # (B, T, D_s)
                     if teacher:
                         with torch.no_grad():
                             z_t = teacher.encode_images(batch.teacher_pixels) if teacher.vision_tower else z
-                            h_t = teacher(batch.input_ids, batch.attention_mask, z_t)  # (B, T, D_t)
+                            h_t = teacher(batch.input_ids, z_t)  # (B, T, D_t)
 
                 # ---- Eq. (6). Rows hold log phi_s, log phi_l (N, V) and the next token y (N,)
                 def objective(response, visual, prompt):

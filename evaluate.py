@@ -18,7 +18,8 @@ import torch
 from tqdm import tqdm
 
 from lab.pictures import draw_sample
-from support.checks import IMAGE_TOKEN, check_images, load_image, load_stock
+from support.chat import Chat
+from support.checks import IMAGE_TOKEN, check_images, images_of, load_image, load_stock
 from support.flags import add_flags, cli, natural, new_parser, positive, require
 from support.index import records
 from support.metrics import METRICS, read_vocabulary
@@ -58,9 +59,8 @@ def read_questions(path: str, image_root: str, reference: str | None) -> list[di
             q["answers"] = [a.get("answer") if isinstance(a, dict) else a for a in given]  # VQA's own form
             several = len(given) > 1 and all(isinstance(a, str) for a in q["answers"])
             require(several, f"{where}: 'answers' must be a list of several humans' answers, ten in VQA")
-        image, text = q.get("image"), q["text"]
-        n_images = len(image) if isinstance(image, list) else int(image is not None)
-        images = check_images(where, image, text.count(IMAGE_TOKEN) or n_images, image_root)
+        images, text = images_of(where, q), q["text"]
+        check_images(where, images, text.count(IMAGE_TOKEN) if images else 0, image_root)
         text = text.replace(IMAGE_TOKEN, "").strip()
         questions.append(q | {"text": text, "images": images, "where": where})
     require(bool(questions), f"{path} holds no question")
@@ -73,6 +73,7 @@ def generate(model_path: str, questions: list[dict], args: argparse.Namespace) -
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = precision(args.dtype, torch.bfloat16 if device == "cuda" else torch.float32)
     model, processor = load_stock(model_path, dtype)
+    chat = Chat(processor)  # whose prompts are those of training
     model.to(device).eval()
     processor.tokenizer.padding_side = "left"  # so that every row's answer starts at the same place
     size = lambda i: (len(questions[i]["images"]), len(questions[i]["text"]))  # noqa: E731
@@ -84,9 +85,9 @@ def generate(model_path: str, questions: list[dict], args: argparse.Namespace) -
         prompts = []
         for q in picked:
             content = [{"type": "image"}] * len(q["images"]) + [{"type": "text", "text": q["text"] + suffix}]
-            turn = [{"role": "user", "content": content}]
-            prompts.append(processor.apply_chat_template(turn, add_generation_prompt=True))
-        inputs = processor(images=images or None, text=prompts, padding=True, return_tensors="pt")
+            prompts.append(chat.render([{"role": "user", "content": content}], ask=True))
+        how = {"padding": True, "return_tensors": "pt", "add_special_tokens": chat.begins(prompts[0])}
+        inputs = processor(images=images or None, text=prompts, **how)
         inputs = inputs.to(device, dtype)
         tokens = model.generate(**inputs, do_sample=False, max_new_tokens=args.max_new_tokens)
         new = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

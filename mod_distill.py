@@ -124,12 +124,12 @@ def main(argv: list[str] | None = None) -> None:
             with run.autocast():
                 z = student.encode_images(batch.pixel_values).repeat(answers)  # (n, Np, C)
                 route(student, batch.attention_mask)
-                h_s, h_t = forward(batch.input_ids, batch.attention_mask, z).to(run.dtype), None
+                h_s, h_t = forward(batch.input_ids, z).to(run.dtype), None
                 if teacher:
                     with torch.no_grad():
                         if teacher.vision_tower:
                             z = teacher.encode_images(batch.teacher_pixels).repeat(answers)
-                        h_t = teacher(batch.input_ids, batch.attention_mask, z)
+                        h_t = teacher(batch.input_ids, z)
             if not preference:
                 return h_s, h_t, None
             with torch.no_grad():

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
                 batch = batch.to(ranks.device)
                 with ranks.exchange_gradients(now=k == len(micros)), run.autocast():
                     z = student.encode_images(batch.pixel_values)  # (n, Np, C)
-                    h_s = forward(batch.input_ids, batch.attention_mask, z)  # (B, T, D_s)
+                    h_s = forward(batch.input_ids, z)  # (B, T, D_s)
 
                 # ---- Eq. (1). Rows hold log phi_s (N, V) and the next token y (N,)
                 def objective(response):

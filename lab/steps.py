@@ -25,8 +25,9 @@ import dft
 import support.run
 from data import LlavaData
 from lab.world import BASE
-from model import CHAT_TEMPLATE, Llava
+from model import Llava
 from moe import route, sparsify
+from support.chat import CHAT_TEMPLATE
 from support.checks import IMAGE_TOKEN
 from support.flags import InputError, to_argv
 

@@ -1,68 +1,89 @@
-"""Reading and checking what the user brings: samples, images, checkpoints."""
+"""Checking what the user brings: samples of several forms, their images, checkpoints."""
 
 import contextlib
-import math
+import io
 import os
+import struct
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import transformers as hf
 from PIL import Image, ImageOps
 from torch import nn
 
+from support.chat import IMAGE_TOKEN, turn
 from support.flags import InputError, require
 
 hf.utils.logging.disable_progress_bar()  # the stages have one of their own
 hf.utils.logging.set_verbosity_error()  # what matters of loading is checked in `complete`
 
-IMAGE_TOKEN = "<image>"
-ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
-Sample = tuple[list[list[dict]], list[str]]  # conversations, each a list of chat messages; image paths
+ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # chunks that pixels are made of
+LONGEST = 200  # sides of an image whose ratio is larger are out of proportion
+
+
+class Sample(NamedTuple):
+    """A checked record."""
+
+    conversations: list[list[dict]]  # of chat messages; a preference pair has two
+    images: list[str]  # paths below the image folder
+    unmarked: bool = False  # whether it has images but no <image>; they go first in the first question
 
 
 def check_sample(where: str, record: object, image_root: str, exist: bool = True) -> Sample:
-    """A LLaVA record, checked; `exist`: whether its images must."""
+    """A LLaVA record (or one with `messages`, `role` and `content`); `exist`: whether its images must."""
     require(isinstance(record, dict), f"{where} is a JSON {type(record).__name__}, not a sample object")
-    turns, messages, n_markers = record.get("conversations"), [], 0
-    require(isinstance(turns, list) and turns, f"{where} has no 'conversations' list of turns")
-    for k, turn in enumerate(turns):
-        at, turn = f"{where}, turn {k},", turn if isinstance(turn, dict) else {}
-        speaker, text = turn.get("from"), turn.get("value")
-        known = isinstance(speaker, str) and speaker in ROLES and isinstance(text, str)
+    turns, images = record.get("conversations", record.get("messages")), images_of(where, record)
+    keys = f"no 'conversations' list of turns; its keys are {', '.join(map(repr, record)) or 'none'}"
+    require(isinstance(turns, list) and turns, f"{where} has {keys}")
+    messages, n_markers = [], 0
+    for k, one in enumerate(turns):
+        at, one = f"{where}, turn {k},", one if isinstance(one, dict) else {}
+        speaker, text = one.get("from", one.get("role")), one.get("value", one.get("content"))
+        known = isinstance(speaker, str) and speaker.lower() in ROLES and isinstance(text, str)
         require(known, f"{at} needs 'from' (human, gpt or system) and 'value' (a string)")
         require(is_text(text), f"{at} holds half of a surrogate pair, which is no character")
-        role, talk = ROLES[speaker], [m["role"] for m in messages if m["role"] != "system"]
-        if role == "assistant" and not talk and IMAGE_TOKEN not in text:
+        role, talk = ROLES[speaker.lower()], [m["role"] for m in messages if m["role"] != "system"]
+        if role == "assistant" and not talk and not (images and IMAGE_TOKEN in text):
             continue  # as LLaVA-1.5, whose data has conversations that begin with an answer
         in_turn = role == ("user", "assistant")[len(talk) % 2] or (role == "system" and k == 0)
         require(in_turn, f"{at} is '{speaker}': turns go human, gpt, human, gpt, ...")
-        n = text.count(IMAGE_TOKEN)
+        n = text.count(IMAGE_TOKEN) if images else 0
         require(not n or role == "user", f"{at} has {IMAGE_TOKEN}, but only human turns may hold images")
-        while IMAGE_TOKEN in text:  # taking one out may make another: "<im<image>age>"
+        while n and IMAGE_TOKEN in text:  # taking one out may make another: "<im<image>age>"
             text = text.replace(IMAGE_TOKEN, "")
         n_markers += n
-        content = [{"type": "image"}] * n + [{"type": "text", "text": text.strip()}]
-        messages.append({"role": role, "content": content})
-    learned = any(m["role"] == "assistant" for m in messages)
-    require(learned, f"{where} has no 'gpt' turn that answers a human one: there is nothing to learn")
-    return [messages], check_images(where, record.get("image"), n_markers, image_root, exist)
+        messages.append(turn(role, text.replace(IMAGE_TOKEN, "< image>").strip(), n))  # text alone: a word
+    answers = [k for k, m in enumerate(messages) if m["role"] == "assistant"]
+    require(answers, f"{where} has no 'gpt' turn that answers a human one: there is nothing to learn")
+    unmarked = bool(images) and not n_markers
+    if unmarked:
+        question = next(m for m in messages if m["role"] == "user")
+        question["content"] = [{"type": "image"}] * len(images) + question["content"]
+    check_images(where, images, n_markers, image_root, exist)
+    return Sample([messages[: answers[-1] + 1]], images, unmarked)
 
 
 def check_pair(where: str, record: object, image_root: str, exist: bool = True) -> Sample:
-    """A preference record: `chosen` and `rejected` conversations with one `image`, as MoD's of RLAIF-V."""
-    pair = []
+    """A preference record: `chosen` and `rejected` conversations, or as RLAIF-V a `question` and two strings;
+    with one `image`.
+    """
+    pair, record = [], record if isinstance(record, dict) else {}
     for key in "chosen", "rejected":
-        there = isinstance(record, dict) and record.get(key)
-        require(there, f"{where} has no '{key}' conversation: a preference needs both")
-        one = {"conversations": record[key], "image": record.get("image")}
-        (messages,), images = check_sample(f"{where}, {key}", one, image_root, exist)
-        require(messages[-1]["role"] == "assistant", f"{where}, {key}, ends without an answer")
-        pair.append(messages)
+        turns = record.get(key)
+        require(turns, f"{where} has no '{key}' answer or conversation: a preference needs both")
+        if isinstance(turns, str):
+            turns = [{"from": "human", "value": record.get("question")}, {"from": "gpt", "value": turns}]
+        one = {k: v for k, v in record.items() if k not in ("messages", *pair)} | {"conversations": turns}
+        sample = check_sample(f"{where}, {key}", one, image_root, exist)
+        require(len(sample.conversations[0]) == len(turns), f"{where}, {key}, ends without an answer")
+        pair.append(sample.conversations[0])
     alike = pair[0][:-1] == pair[1][:-1]
     require(alike, f"{where}: 'chosen' and 'rejected' differ before their last answer; they must not")
     same = pair[0] == pair[1]
     require(not same, f"{where}: 'chosen' and 'rejected' are the same answer; leave this record out")
-    return pair, images
+    return sample._replace(conversations=pair)
 
 
 def is_text(value: str) -> bool:
@@ -70,37 +91,76 @@ def is_text(value: str) -> bool:
     return value.encode("utf-8", "replace").decode() == value
 
 
-def check_images(
-    where: str, images: object, n_markers: int, image_root: str, exist: bool = True
-) -> list[str]:
-    """The record's image paths: inside `image_root`, and as many as there are `<image>` markers."""
-    images = [] if images is None else [images] if isinstance(images, str) else images
+def images_of(where: str, record: dict) -> list[str]:
+    """The paths under `image` or `images`: one, a list, or none."""
+    films = [key for key in ("video", "videos") if record.get(key)]
+    require(not films, f"{where} has {films[:1]}: films cannot be read, give pictures or leave it out")
+    images = record.get("image") or record.get("images") or []
+    images = [images] if isinstance(images, str) else images
     paths = isinstance(images, list) and all(isinstance(p, str) and p and is_text(p) for p in images)
     require(paths, f"{where}: 'image' must be a path or a list of paths")
-    n = len(images)
-    require(n == n_markers, f"{where} has {n_markers} {IMAGE_TOKEN} marker(s) and {n} image(s)")
-    for path in images:
-        full = os.path.join(image_root, path)
-        outside = os.path.relpath(os.path.normpath(full), image_root).startswith("..")
-        inside = not (os.path.isabs(path) or "\0" in path or outside)
-        require(inside, f"{where}: image path {path!r} leaves the image folder {image_root}")
-        require(not exist or os.path.exists(full), f"{where}: image {full} does not exist")
     return images
 
 
+def check_images(where: str, images: list[str], n_markers: int, image_root: str, exist: bool = True) -> None:
+    """As many as the `<image>` markers, if there are any. What a data file says stays inside `image_root`;
+    links in there are the user's own, and followed.
+    """
+    counts = f"{n_markers} {IMAGE_TOKEN} marker(s) and {len(images)} image(s)"
+    require(n_markers in (0, len(images)), f"{where} has {counts}")
+    for path in images:
+        full = os.path.normpath(os.path.join(image_root, path))
+        outside = os.path.relpath(full, image_root).split(os.sep)[0] == ".."
+        inside = not (outside or "\0" in path)
+        require(inside, f"{where}: image path {path!r} leaves the image folder {image_root}")
+        require(not exist or os.path.exists(full), f"{where}: image {full} does not exist")
+
+
 def load_image(where: str, image_root: str, path: str) -> Image.Image:
-    """The image as RGB, upright; an InputError names the sample and the file."""
-    full, root = (os.path.realpath(p) for p in (os.path.join(image_root, path), image_root))
-    advice = "leads out of it by a link; point --images higher or copy it"
-    require(full.startswith(os.path.join(root, "")), f"{where}: image {path} in {image_root} {advice}")
+    """The image as RGB, upright, on white where it is transparent; an InputError names sample and file."""
+    full = os.path.join(image_root, path)
     try:
-        with Image.open(full) as image:
-            limit = Image.MAX_IMAGE_PIXELS or math.inf  # Pillow only warns up to twice that
-            if image.width * image.height > limit:
-                raise ValueError(f"{image.width} x {image.height} pixels, Pillow's limit is {limit}")
-            return ImageOps.exif_transpose(image).convert("RGB")
+        try:
+            return as_rgb(Image.open(full))
+        except Exception:  # of a PNG perhaps for a broken comment alone
+            return as_rgb(Image.open(pixels_alone(full)))
     except Exception as error:  # Pillow raises whatever its decoders do
         raise InputError(f"{where}: image {full} cannot be read ({error})") from None
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    with image:
+        (short, long), limit = sorted(image.size), Image.MAX_IMAGE_PIXELS or float("inf")
+        if short * long > limit:  # Pillow only warns up to twice that
+            raise OSError(f"{image.width} x {image.height} pixels, Pillow's limit is {limit}")
+        if long > LONGEST * short:  # resized by its short side it would fill the memory
+            raise OSError(f"{image.width} x {image.height} pixels are out of proportion")
+        image.load()
+        with contextlib.suppress(Exception):  # a broken EXIF block says nothing of how it lies
+            image = ImageOps.exif_transpose(image)
+        if image.mode == "F" or (image.mode == "I" and image.getextrema()[1] > 0xFFFF):
+            raise OSError(f"pixels of mode {image.mode!r} have no known white; save it with 8 or 16 bits")
+        if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion cuts them at 255
+            image = image.convert("I").point(lambda v: v * (1 / 257) + 0.5).convert("L")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def pixels_alone(path: str) -> io.BytesIO:
+    """A PNG file without its comments, colour profiles and other parts that the pixels do not need; the
+    error that is being handled, if it is no PNG.
+    """
+    with open(path, "rb") as file:
+        kept = [file.read(8)]
+        if kept != [b"\x89PNG\r\n\x1a\n"]:
+            raise
+        while len(head := file.read(8)) == 8:
+            size, kind = struct.unpack(">I4s", head)
+            chunk = file.read(size + 4)  # with its checksum
+            kept += [head, chunk] if kind in PNG_KEPT else []
+    return io.BytesIO(b"".join(kept))
 
 
 def load_stock(path: str, dtype: torch.dtype, weights: bool = True) -> tuple[nn.Module, hf.LlavaProcessor]:
@@ -111,10 +171,37 @@ def load_stock(path: str, dtype: torch.dtype, weights: bool = True) -> tuple[nn.
         require(kind == "llava", f"{path} holds a '{kind}' model: give a LLaVA-format checkpoint")
         layer = config.vision_feature_layer
         require(isinstance(layer, int), f"{path} reads several vision layers {layer}; only one is possible")
+        check_tower(path, config.vision_config)
+        processor = hf.AutoProcessor.from_pretrained(path)
+        ids = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), config.image_token_index
+        differ = "its tokenizer has {} as token {}, its config.json has image_token_index {}"
+        require(ids[0] == ids[1], f"{path}: {differ.format(IMAGE_TOKEN, *ids)}; they must be the same")
+        # Older files leave these to the model's config.
+        patch, strategy = config.vision_config.patch_size, config.vision_feature_select_strategy
+        processor.patch_size = processor.patch_size or patch
+        processor.vision_feature_select_strategy = processor.vision_feature_select_strategy or strategy
         with torch.device("cpu" if weights else "meta"):
             model = hf.LlavaForConditionalGeneration
             model = complete(path, model, dtype=dtype) if weights else model(config)
-        return model, hf.AutoProcessor.from_pretrained(path)
+        return model, processor
+
+
+def check_vocabularies(*models: tuple[str, hf.PreTrainedTokenizerBase]) -> None:
+    """Refuse two (name, tokenizer) where an id means two tokens; either may have more than the other."""
+    (name, a), (other, b) = ((name, tokenizer.get_vocab()) for name, tokenizer in models)
+    ids = {i: token for token, i in b.items()}
+    for token, i in a.items():
+        theirs, their_id = ids.get(i, token), b.get(token, i)
+        differ = f"{token!r} is id {i} for {name} and {their_id} for {other}, where {i} is {theirs!r}"
+        same = theirs == token and their_id == i
+        require(same, f"teacher and student must share the tokenizer: {differ}")
+
+
+def check_tower(path: str, config: hf.PretrainedConfig) -> None:
+    """Only towers that the model can run layer by layer."""
+    known = ("siglip_vision_model", "clip_vision_model")
+    kind = f"a '{config.model_type}' vision tower"
+    require(config.model_type in known, f"{path} has {kind}; SigLIP's (not SigLIP 2 NaFlex) and CLIP's work")
 
 
 def complete(path: str, kind: type, dtype: torch.dtype = torch.float32, **options: object) -> nn.Module:

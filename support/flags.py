@@ -79,6 +79,8 @@ def add_student_flags(parser: argparse.ArgumentParser, llm: str) -> None:
         ("--vision", str, None, "vision tower of a new student, hub name or folder; as SigLIP-so400m-384"),
         ("--llm", str, None, f"language model of a new student, hub name or folder; as {llm}"),
         ("--student", str, None, "LLaVA checkpoint to train, instead of --vision and --llm"),
+        ("--template", ("teacher", "own"), "teacher", "whose chat template, tokenizer and image "
+         "preparation a new student has; without a teacher this project's own"),
     ])  # fmt: skip
 
 
@@ -103,7 +105,7 @@ def add_training_flags(parser: argparse.ArgumentParser, lr: float, batch: int, s
         ("--images", str, ".", "folder that the image paths in DATA start from"),
         ("--max_len", positive, 2048, "longest sequence in tokens, with all visual tokens; as LLaVA-1.5"),
         ("--group_by_modality", bool, True, "image and text-only samples in separate batches; as LLaVA-1.5"),
-        ("--skip_bad", natural, 0, "leave out up to this many samples whose image cannot be read"),
+        ("--skip_bad", natural, 0, "leave out up to this many samples that are malformed or cannot be read"),
         ("--workers", natural, 4, "data processes per rank"),
     ])  # fmt: skip
     add_flags(parser, "training", [

@@ -27,6 +27,15 @@ class Ranks:
         dist.all_reduce(numbers)
         return numbers
 
+    def gather(self, text: str) -> list[str]:
+        """Every rank's text."""
+        mine, sizes = torch.tensor(list(text.encode())), torch.zeros(self.world, dtype=torch.long)
+        sizes[self.rank] = len(mine)
+        sizes = self.sum(sizes.to(self.device)).tolist()
+        table = torch.zeros(self.world, max(sizes), dtype=torch.long)
+        table[self.rank, : len(mine)] = mine
+        return [bytes(row[:n]).decode() for row, n in zip(self.sum(table.to(self.device)).tolist(), sizes)]
+
     def data_parallel(self, student: nn.Module) -> Callable[..., Tensor]:
         """The student's forward pass under DDP; for a single rank, which has no others, the student itself.
 

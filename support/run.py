@@ -8,9 +8,10 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from modulefinder import ModuleFinder
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from support.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 # Flags that may change when an interrupted run goes on: they are about its speed and safety.
-FREE = "out workers micro_batch gradient_checkpointing save_every keep resume max_bad_steps".split()
+FREE = "out workers micro_batch gradient_checkpointing save_every keep resume skip_bad max_bad_steps".split()
 
 
 @dataclass
@@ -35,15 +36,15 @@ class Run:
     identity: dict  # stage, flags and code: what makes it this run
     dtype: torch.dtype  # precision of the arithmetic
     finished: bool = False  # whether OUT holds this very run, finished
-    n_bad: int = 0  # samples left out because they could not be read
+    bad: set[str] = field(default_factory=set)  # what was wrong with each sample that was left out
     n_bad_steps: int = 0  # updates left out because they were not finite
     bar: tqdm | None = None
     started: float = 0.0
     clock: float = 0.0  # when the last step ended
 
-    def say(self, message: str) -> None:
+    def say(self, message: str, file: TextIO | None = None) -> None:
         if self.ranks.rank == 0:
-            tqdm.write(message)
+            tqdm.write(message, file=file)
 
     def autocast(self) -> torch.autocast:
         on = self.dtype == torch.bfloat16
@@ -116,6 +117,11 @@ def begin(run: Run, student: nn.Module, data, n_steps: int, first: int) -> None:
         write_identity(run, seconds=None)
     left_out = f", {data.n_too_long} more have prompts longer than --max_len" if data.n_too_long else ""
     run.say(f"{stage}: {n_steps} steps of {args.global_batch} of {len(data)} samples{left_out}")
+    if data.n_unmarked:
+        run.say(
+            f"  {data.n_unmarked} samples have images but no <image>: they go first in the first question"
+        )
+    leave_out(run, data.bad)
     where = f"{run.ranks.world} rank(s) on {run.ranks.device.type}, {args.micro_batch} samples at a time"
     run.say(f"  {where}, {str(run.dtype)[6:]}")
     for name, part in student.named_children():
@@ -145,14 +151,19 @@ def set_lr(optimizer: torch.optim.Optimizer, step: int, steps: int, peak: float,
 
 
 def check_samples(run: Run, micros: list, n_bad: float) -> None:
-    """Name this rank's unreadable samples; end the run if all ranks together had more than --skip_bad."""
-    run.n_bad += int(n_bad)
-    mine = [message for batch in micros for message in batch.bad]
-    for message in mine:
-        tqdm.write(f"unreadable, {run.n_bad} so far: {message}", file=sys.stderr)
-    what = mine[0] if mine else f"{int(n_bad)} sample(s) of other ranks cannot be read"
-    advice = f"repair it or allow more with --skip_bad (now {run.args.skip_bad})"
-    require(run.n_bad <= run.args.skip_bad, f"{what}; {advice}")
+    """Name the step's samples that cannot be read, each once in a run; more than --skip_bad end the run."""
+    if n_bad:
+        everyone = run.ranks.gather(json.dumps([message for batch in micros for message in batch.bad]))
+        leave_out(run, [message for mine in everyone for message in json.loads(mine)])
+
+
+def leave_out(run: Run, messages: list[str]) -> None:
+    """Count and name bad samples, the same on all ranks."""
+    for message in sorted(set(messages) - run.bad):
+        run.bad.add(message)
+        counts = f"{len(run.bad)} bad so far, --skip_bad allows {run.args.skip_bad}"
+        require(len(run.bad) <= run.args.skip_bad, f"{message}; {counts}: repair it or allow more")
+        run.say(f"left out ({counts}): {message}", sys.stderr)
 
 
 def all_finite(run: Run, step: int, losses: list[dict[str, Tensor]], grad_norm: Tensor, micros: list) -> bool:
@@ -199,5 +210,5 @@ def save_student(run: Run, student: nn.Module) -> None:
         beside.rmdir()
         write_identity(run, seconds=round(time.perf_counter() - run.started, 1))
         shutil.rmtree(run.out / "state", ignore_errors=True)
-        run.say(f"saved {run.out}" + (f"; {run.n_bad} unreadable samples left out" if run.n_bad else ""))
+        run.say(f"saved {run.out}" + (f"; {len(run.bad)} bad samples left out" if run.bad else ""))
     dist.barrier()

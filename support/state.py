@@ -35,7 +35,7 @@ def load_state(run: Run, student: nn.Module, optimizer: Optimizer) -> int:
         for name, p in trained.items():
             p.copy_(state["parameters"][name])
     optimizer.load_state_dict(state["optimizer"])
-    run.n_bad, run.n_bad_steps = state["n_bad"], state["n_bad_steps"]
+    run.bad, run.n_bad_steps = set(state["bad"]), state["n_bad_steps"]
     return state["step"]
 
 
@@ -58,7 +58,7 @@ def save_state(run: Run, done: int, student: nn.Module, optimizer: Optimizer) ->
     """Write the state after `done` steps, on rank 0, and remove all but the newest --keep."""
     folder, beside = run.out / "state", run.out / "state" / ".writing"
     trained = {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
-    state = {"step": done, "parameters": trained, "optimizer": optimizer.state_dict(), "n_bad": run.n_bad,
+    state = {"step": done, "parameters": trained, "optimizer": optimizer.state_dict(), "bad": sorted(run.bad),
              "n_bad_steps": run.n_bad_steps}  # fmt: skip
     try:
         if run.ranks.rank == 0:

@@ -63,15 +63,20 @@ def parts(tmp_path_factory, tokenizer) -> dict[str, str]:
     return {name: str(root / name) for name in ("vision", "small", "large")}
 
 
+def new_student(vision: str, llm: str, teacher: str | None = None):
+    from model import Llava
+    from support.parts import new_llava
+
+    return Llava(*new_llava(vision, llm, teacher))
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory, parts) -> dict[str, str]:
     """LLaVA checkpoints with one vision tower and random weights so large that no loss is near zero."""
-    from model import Llava
-
     root, tower = tmp_path_factory.mktemp("checkpoints"), None
     for name in "small", "large":
         torch.manual_seed(1)
-        model = Llava.from_parts(parts["vision"], parts[name])
+        model = new_student(parts["vision"], parts[name])
         for p in model.parameters():
             if p.dim() == 2:
                 torch.nn.init.normal_(p, std=0.3)
@@ -115,12 +120,20 @@ def open_data(path: Path, images: Path, processor, pairs=False, max_len=2048, ca
     from types import SimpleNamespace
 
     from data import LlavaData
+    from support.chat import Chat
 
     args = SimpleNamespace(
         data=str(path), images=str(images), max_len=max_len, skip_bad=0, caption_only=caption_only
     )
-    student = SimpleNamespace(processor=processor, n_visual_tokens=NP, vision_tower=True)
+    student = SimpleNamespace(
+        processor=processor, chat=Chat(processor), n_visual_tokens=NP, vision_tower=True
+    )
     return LlavaData(args, student, pairs=pairs)
+
+
+def as_floats(pixels: torch.Tensor) -> torch.Tensor:
+    """Bytes as the stock SigLIP processor would have made them."""
+    return (pixels.float() / 255 - 0.5) / 0.5
 
 
 def data_flags(world: Path, **more: object) -> list[str]:

@@ -202,7 +202,8 @@ def test_identical_models_give_exactly_zero():
     case = Case(torch.float32, v_s=1000, v_t=1000)
     case.t_hidden, case.t_head = case.hidden.detach(), case.head.detach()
     _, terms = case.chunked(case.hidden, case.head)
-    assert [terms[name].item() for name in ("l_res", "l_vis", "l_prompt", "l_rel")] == [0] * 4
+    for name in "l_res", "l_vis", "l_prompt", "l_rel":  # up to the order in which products are summed
+        assert abs(terms[name].item()) < 1e-9
     assert terms["l_reg"] > 0
 
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import NP, ROOT, data_flags, launch, llava_config, log_of
+from conftest import NP, ROOT, as_floats, data_flags, launch, llava_config, log_of
 from safetensors.torch import load_file
 
 import ckd
@@ -169,12 +169,15 @@ def test_only_one_teacher_is_in_memory(world, parts, checkpoints, tmp_path, toke
 
 
 def test_all_misfits_are_refused_before_the_first_stage(world, parts, checkpoints, teachers, tmp_path):
-    names = checkpoints["small"], teachers["words"], teachers["patches"]
+    first = Llava.from_checkpoint(checkpoints["small"])
+    first.processor.tokenizer.add_tokens(["lion"])
+    first.save(tmp_path / "first")  # its tokenizer is the student's
+    names = str(tmp_path / "first"), teachers["words"], teachers["patches"]
     with pytest.raises(InputError) as error:
         ckd.main(cascade_flags(world, parts, tmp_path / "out", *names))
     message = str(error.value)
     assert "words: teacher and student must share the tokenizer" in message
-    assert "'zebra'" in message
+    assert "'lion' is id 373 for the student and 373 for the teacher, where 373 is 'zebra'" in message
     assert f"patches: an image is {NP} tokens for the student and 16" in message
     assert not (tmp_path / "out").exists()
 
@@ -221,7 +224,8 @@ def test_columns_of_a_stage_by_hand(world, checkpoints, tmp_path):
         ids = torch.tensor([ids])
         with torch.no_grad():
             s, t = (
-                m(input_ids=ids, pixel_values=sample["pixels"][0]).logits[0].double()[:, :448] for m in models
+                m(input_ids=ids, pixel_values=as_floats(sample["pixels"][0])).logits[0].double()[:, :448]
+                for m in models
             )
         for image in (ids[0] == 372).nonzero()[:, 0].split(NP):
             r_s, r_t = (y[image] @ y[image].T for y in (s, t))

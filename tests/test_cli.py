@@ -86,24 +86,29 @@ def test_a_run_that_diverges_stops_and_saves_nothing(argv, tmp_path):
 
 
 def test_a_teacher_with_another_tokenizer(argv, checkpoints, tmp_path):
-    teacher = Llava.from_checkpoint(checkpoints["large"])
+    """An id may not mean two tokens; tokens that only the teacher has are no matter."""
+    student, teacher = (Llava.from_checkpoint(checkpoints[name]) for name in ("small", "large"))
     teacher.processor.tokenizer.add_tokens(["crimson"])
-    teacher.save(tmp_path / "teacher")
+    student.check_teacher(teacher)
+    student.processor.tokenizer.add_tokens(["scarlet"])
+    for model, name in (student, "student"), (teacher, "teacher"):
+        model.save(tmp_path / name)
+    flags = ["--student", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher")]
     with pytest.raises(
-        InputError, match="373 tokens, the teacher's 374; 'crimson' is id None for the student and 373"
+        InputError, match="'scarlet' is id 373 for the student and 373 for the teacher, where"
     ):
-        dft.main([*argv(), "--teacher", str(tmp_path / "teacher")])
+        dft.main([*argv(), *flags])
 
 
 def test_a_teacher_with_another_number_of_visual_tokens(argv, tmp_path, parts):
-    from conftest import vision_config
+    from conftest import new_student, vision_config
     from transformers import SiglipImageProcessorPil, SiglipVisionModel
 
     config = vision_config()
     config.image_size = 24
     SiglipVisionModel(config).save_pretrained(tmp_path / "vision")
     SiglipImageProcessorPil(size={"height": 24, "width": 24}).save_pretrained(tmp_path / "vision")
-    Llava.from_parts(str(tmp_path / "vision"), parts["large"]).save(tmp_path / "teacher")
+    new_student(str(tmp_path / "vision"), parts["large"]).save(tmp_path / "teacher")
     with pytest.raises(InputError, match="4 tokens for the student and 9 for the teacher"):
         dft.main([*argv(), "--teacher", str(tmp_path / "teacher")])
 
@@ -133,11 +138,11 @@ def test_skip_bad_goes_on_and_counts(corrupt, checkpoints, tmp_path, capsys):
     flags = data_flags(corrupt, out=tmp_path / "out")
     sft.main(["--student", checkpoints["small"], *flags, "--skip_bad", "3"])
     out = capsys.readouterr()
-    assert "3 unreadable samples left out" in out.out
+    assert "3 bad samples left out" in out.out
     assert out.err.count("cannot be read") == 3
     assert len(log_of(tmp_path / "out")) == 3
     flags = data_flags(corrupt, out=tmp_path / "out2")
-    with pytest.raises(InputError, match="allow more with --skip_bad"):
+    with pytest.raises(InputError, match="3 bad so far, --skip_bad allows 2: repair it or allow more"):
         sft.main(["--student", checkpoints["small"], *flags, "--skip_bad", "2"])
 
 

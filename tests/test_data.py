@@ -13,6 +13,7 @@ from transformers import AutoProcessor
 
 from data import IGNORE, Encoder, count_rows, global_batches, schedule
 from support import index
+from support.chat import Chat
 from support.checks import check_sample
 from support.flags import InputError
 from support.index import Index, records
@@ -25,11 +26,12 @@ def processor(checkpoints):
 
 def encoder(processor, max_len=200, caption_only=False):
     """(token ids, labels): the ids of answers, IGNORE elsewhere."""
-    encode = Encoder(SimpleNamespace(processor=processor, n_visual_tokens=NP), max_len, caption_only)
+    encode = Encoder(SimpleNamespace(chat=Chat(processor), n_visual_tokens=NP), max_len, caption_only)
 
     def code(messages):
-        ids, learned = encode(messages)
-        return ids, [i if is_learned else IGNORE for i, is_learned in zip(ids, learned)]
+        ids, targets = encode(messages)
+        assert targets[-1] == IGNORE  # nothing follows
+        return ids, [IGNORE, *targets[:-1]]
 
     return code
 
@@ -101,13 +103,6 @@ def test_truncation_never_cuts_an_image(processor, max_len):
     assert ids.count(image_id) % NP == 0
 
 
-def test_a_template_without_generation_markers_is_refused(processor, checkpoints):
-    other = AutoProcessor.from_pretrained(checkpoints["small"])
-    other.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.raises(InputError, match="generation"):
-        encoder(other)
-
-
 # ---------------------------------------------------------------------------------- batches
 
 
@@ -127,15 +122,15 @@ def test_rows_of_a_batch(world, processor):
     assert batch.pixel_values.shape == (3, 3, 16, 16)
     assert batch.visual.sum(1).tolist() == [NP, 0, 2 * NP]
     for row, sample in enumerate(data[k] for k in (0, 1, 3)):
-        ((ids, learned),) = sample["rows"]
+        ((ids, targets),) = sample["rows"]
         n = len(ids)
         assert batch.attention_mask[row].tolist() == [1] * n + [0] * (batch.targets.shape[1] - n)
         for t in range(n):
-            answer_next = t + 1 < n and learned[t + 1]
+            answer_next = targets[t] != IGNORE
             image, image_next = (t + d < n and ids[t + d] == 372 for d in (0, 1))
             assert batch.response[row, t] == answer_next
             assert batch.prompt[row, t] == (t + 1 < n and not answer_next and not image and not image_next)
-            assert batch.targets[row, t] == (ids[t + 1] if answer_next else IGNORE)
+            assert batch.targets[row, t] == (ids[t + 1] if answer_next else IGNORE) == targets[t]
         assert not batch.response[row, n:].any() | batch.prompt[row, n:].any()
     one = [batch.response.sum(), 3 * NP, batch.prompt.sum(), 3, batch.attention_mask.sum()]
     assert count_rows([batch], Alone) == (*one, 0)
@@ -193,8 +188,9 @@ BAD = {
     "turn 0, needs 'from' ": {"conversations": [{"from": ["human"], "value": "x"}]},
     "turn 1, has <image>, but": {"conversations": turns("q", "<image>"), "image": "0.png"},
     r"2 <image> marker\(s\) and 1 image": GOOD | {"conversations": turns("<image> <image>", "ho")},
-    r"0 <image> marker\(s\) and 1 image": GOOD | {"conversations": turns("hi", "ho")},
-    r"1 <image> marker\(s\) and 0 image": {"conversations": turns("<image>", "ho")},
+    r"1 <image> marker\(s\) and 2 image": GOOD | {"image": ["0.png", "1.png"]},
+    r"has \['video'\]: films cannot be read": {"video": "a.mp4", "conversations": turns("hi", "ho")},
+    "its keys are 'data'": {"data": [GOOD]},
     "must be a path": GOOD | {"image": {"a": 1}},
     "leaves the image folder": GOOD | {"image": "../train.json"},
     "'/etc/hostname' leaves": GOOD | {"image": "/etc/hostname"},
@@ -236,18 +232,18 @@ def test_lines_of_objects_may_be_called_json(tmp_path):
     ]
 
 
-def test_a_leading_answer_is_left_out_and_a_trailing_question_is_not_learned(processor):
+def test_a_leading_answer_and_a_trailing_question_are_left_out(processor):
     """As LLaVA-1.5 does with the conversations of its mix that begin with an answer."""
     odd = [{"from": "gpt", "value": "hello"}, *turns("how many ?", "two", "and now ?")]
-    (sample,), _ = check_sample("s", {"conversations": odd}, ".")
+    (sample,) = check_sample("s", {"conversations": odd}, ".").conversations
     ids, labels = encoder(processor)(sample)
-    assert decode(processor, ids) == "USER: how many ? ASSISTANT: two<|endoftext|>USER: and now ? "
+    assert decode(processor, ids) == "USER: how many ? ASSISTANT: two<|endoftext|>"
     assert decode(processor, [i for i, label in zip(ids, labels) if label != IGNORE]) == " two<|endoftext|>"
 
 
 def test_markers_cannot_be_smuggled_in(processor):
     record = {"conversations": turns("<im<image>age> hi", "ho"), "image": "a.png"}
-    (sample,), _ = check_sample("s", record, ".", exist=False)
+    (sample,) = check_sample("s", record, ".", exist=False).conversations
     assert encoder(processor)(sample)[0].count(372) == NP
 
 
@@ -257,7 +253,7 @@ def test_nothing_left_after_length_filtering(world, processor):
     kept = make_data(world, processor, max_len=20)
     assert 0 < kept.n_too_long < 24
     for k in range(len(kept)):
-        assert any(kept[k]["rows"][0][1])
+        assert any(target != IGNORE for target in kept[k]["rows"][0][1])
 
 
 def test_corrupt_images_become_empty_samples_that_are_counted(world, processor, tmp_path):
@@ -269,7 +265,7 @@ def test_corrupt_images_become_empty_samples_that_are_counted(world, processor, 
     batch = data.collate([data[0], data[1]])
     assert "0.png cannot be read" in batch.bad[0]
     assert "(id g)" in batch.bad[0]
-    assert "leads out of it by a link" in batch.bad[1]
+    assert "link.png cannot be read" in batch.bad[1]
     assert count_rows([batch], Alone) == (1, 1, 1, 1, 2, 2)  # no rows and no images count as 1
 
 

@@ -81,7 +81,7 @@ def mutate(rng: random.Random, names: list[str]) -> object:
 def fuzz_samples(n: int, root: Path, seed: int) -> str:
     from transformers import AutoTokenizer, LlavaProcessor, SiglipImageProcessorPil
 
-    from model import CHAT_TEMPLATE
+    from support.chat import CHAT_TEMPLATE
     from support.checks import IMAGE_TOKEN
     from support.flags import InputError
 

@@ -118,11 +118,11 @@ def batch_of(path: str, lengths=(9, 5)):
 )
 def test_at_step_0_the_sparse_student_is_the_dense_one(checkpoints, shape):
     dense, ids, mask, z = batch_of(checkpoints["small"])
-    want = dense(ids, mask, z) @ dense.lm_head.weight.T
+    want = dense(ids, z) @ dense.lm_head.weight.T
     moe.sparsify(dense, *shape)
     for training in (True, False):
         moe.route(dense, mask)
-        got = dense.train(training)(ids, mask, z) @ dense.lm_head.weight.T
+        got = dense.train(training)(ids, z) @ dense.lm_head.weight.T
         assert (got - want)[mask.bool()].abs().max() < 1e-5
     sparse = [hasattr(layer.mlp, "experts") for layer in dense.language_model.layers]
     assert sparse == {"every_other": [True, False], "all": [True, True], "first_half": [True, False],
@@ -131,9 +131,9 @@ def test_at_step_0_the_sparse_student_is_the_dense_one(checkpoints, shape):
 
 def test_as_printed_the_kept_weights_do_not_sum_to_one(checkpoints):
     dense, ids, mask, z = batch_of(checkpoints["small"])
-    want = dense(ids, mask, z)
+    want = dense(ids, z)
     moe.sparsify(dense, 4, 2, "every_other", renormalise=False)
-    assert (dense(ids, mask, z) - want).abs().max() > 1e-2
+    assert (dense(ids, z) - want).abs().max() > 1e-2
     assert dense.config.text_config.norm_topk_prob is False
 
 
@@ -169,7 +169,7 @@ def test_a_layer_is_equation_4(checkpoints, renormalise):
 def test_padding_is_not_routed(checkpoints):
     model, ids, mask, z = diverse(checkpoints["small"])
     moe.route(model.train(), mask)
-    h = model(ids, mask, z)
+    h = model(ids, z)
     load = moe.expert_load(model)
     assert load.sum(1).tolist() == [2 * mask.sum()] * 2  # top 2 of both layers
     load = load / load.sum(1, keepdim=True)
@@ -184,10 +184,10 @@ def test_padding_is_not_routed(checkpoints):
     assert loss.item() == pytest.approx((sum(want) / 2).item(), rel=1e-5)
     assert torch.allclose(load.float(), torch.stack(shares))
     other = ids.masked_fill(~real, 7)  # whatever stands in the padding, real tokens get the same
-    assert torch.equal(model(other, mask, z)[real], h[real])
+    assert torch.equal(model(other, z)[real], h[real])
     block, seen = model.language_model.layers[0].mlp, []
     block.experts.register_forward_hook(lambda _, args, out: seen.append((args[1], out)))
-    model(ids, mask, z)
+    model(ids, z)
     assert (seen[0][0][~real.flatten()] == 4).all()  # no expert
     assert (seen[0][1][~real.flatten()] == 0).all()
 
@@ -195,12 +195,12 @@ def test_padding_is_not_routed(checkpoints):
 def test_jitter_is_for_training_only(checkpoints):
     model, ids, mask, z = diverse(checkpoints["small"])
     moe.route(model, mask)
-    clean = model.eval()(ids, mask, z)
+    clean = model.eval()(ids, z)
     for kind in "jitter", "rsample":
         moe.prepare(model, kind)
         moe.route(model, mask)
-        assert torch.equal(model.eval()(ids, mask, z), clean)
-        assert not torch.equal(model.train()(ids, mask, z), clean)
+        assert torch.equal(model.eval()(ids, z), clean)
+        assert not torch.equal(model.train()(ids, z), clean)
 
 
 # ---------------------------------------------------------------------------------- the steps
@@ -279,14 +279,14 @@ def test_a_sparse_checkpoint_is_a_stock_one(chain, world, step):
     pixels = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         want = stock.eval()(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits
-        got = mine.eval()(ids, mask, mine.encode_images(pixels)) @ mine.lm_head.weight.T
+        got = mine.eval()(ids, mine.encode_images(pixels)) @ mine.lm_head.weight.T
         assert (got - want)[mask.bool()].abs().max() < 1e-4
         prompt = ids[:1, : NP + 4]
         text = stock.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6,
                               pixel_values=pixels[:1], do_sample=False, eos_token_id=None)[0]  # fmt: skip
         greedy = prompt
         for _ in range(6):
-            h = mine(greedy, torch.ones_like(greedy), mine.encode_images(pixels[:1]))
+            h = mine(greedy, mine.encode_images(pixels[:1]))
             greedy = torch.cat([greedy, (h[:, -1:] @ mine.lm_head.weight.T).argmax(-1)], 1)
     assert text.tolist() == greedy[0].tolist()
 
@@ -417,12 +417,12 @@ def test_a_pair_shares_its_prompt_and_only_the_last_answer_counts(world, checkpo
 def bad_records():
     good = {"image": "0.png", "chosen": turns("<image>\na", "b"), "rejected": turns("<image>\na", "c")}
     change = lambda **new: {**copy.deepcopy(good), **new}  # noqa: E731
-    yield {k: v for k, v in good.items() if k != "rejected"}, "no 'rejected' conversation"
-    yield change(chosen=[]), "no 'chosen' conversation"
+    yield {k: v for k, v in good.items() if k != "rejected"}, "no 'rejected' answer or conv"
+    yield change(chosen=[]), "no 'chosen' answer or conv"
     yield change(rejected=good["chosen"]), "same answer"
     yield change(rejected=turns("<image>\nother", "c")), "differ before their last answer"
     yield change(chosen=turns("<image>\na", "b", "c")), "ends without an answer"
-    yield change(chosen="text"), "conversations"
+    yield change(chosen="text"), "chosen, turn 0, needs .from."
     yield [1], "no 'chosen'"
 
 
@@ -451,7 +451,7 @@ def bad_commands():
     yield ["--step", "pd", "--student", "{d2s}"], "needs --teacher"
     yield ["--step", "d2s", "--student", "{d2d}", *teacher, "--moe_layers", "7"], "--moe_layers '7'"
     yield ["--step", "d2s", "--student", "{d2d}", *teacher, "--moe_layers", "odd"], "--moe_layers 'odd'"
-    yield ["--step", "pd", "--student", "{d2s}", *teacher], "no 'chosen' conversation"  # of LLaVA's data
+    yield ["--step", "pd", "--student", "{d2s}", *teacher], "no 'chosen' answer or conv"  # of LLaVA's data
 
 
 @pytest.mark.parametrize("argv, message", list(bad_commands()))

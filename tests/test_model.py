@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import NP, llava_config
+from conftest import NP, llava_config, new_student
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -18,7 +18,8 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from model import CHAT_TEMPLATE, Llava, load_teacher
+from model import Llava, load_teacher
+from support.chat import CHAT_TEMPLATE
 from support.flags import InputError
 
 PROMPTS = ["USER: <image>\nis there a red circle ? ASSISTANT:", "USER: how many ? ASSISTANT:",
@@ -34,7 +35,7 @@ def some_images(n: int) -> list[Image.Image]:
 
 def logits(model: Llava, inputs: dict) -> torch.Tensor:
     features = model.encode_images(inputs["pixel_values"])
-    hidden = model(inputs["input_ids"], inputs["attention_mask"], features)
+    hidden = model(inputs["input_ids"], features)
     return hidden @ model.lm_head.weight.T
 
 
@@ -69,7 +70,7 @@ def test_a_saved_checkpoint_loads_in_stock_transformers(checkpoints, name):
 
 def test_a_new_model_computes_what_its_saved_copy_computes(tmp_path, parts):
     """Attention must be causal right after assembly, before anything has gone through a save and a load."""
-    model = Llava.from_parts(parts["vision"], parts["small"])
+    model = new_student(parts["vision"], parts["small"])
     inputs = model.processor(images=some_images(1), text=PROMPTS[0], return_tensors="pt")
     with torch.no_grad():
         before = logits(model, inputs)
@@ -125,7 +126,7 @@ def test_a_clip_tower_drops_its_class_token(tmp_path, parts):
     CLIPVisionModel(config).save_pretrained(tmp_path / "clip")
     size = {"height": 16, "width": 16}
     CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=size).save_pretrained(tmp_path / "clip")
-    model = Llava.from_parts(str(tmp_path / "clip"), parts["small"])
+    model = new_student(str(tmp_path / "clip"), parts["small"])
     assert model.n_visual_tokens == NP
     assert model.encode_images(torch.randn(1, 3, 16, 16)).shape == (1, NP, 16)
     model.save(tmp_path / "out")
@@ -150,7 +151,7 @@ def test_without_images_the_projector_gets_a_zero_gradient(checkpoints):
     model = Llava.from_checkpoint(checkpoints["small"]).requires_grad_(True)
     ids = torch.tensor([[1, 2, 3]])
     features = model.encode_images(torch.zeros(0, 3, 16, 16))
-    model(ids, torch.ones_like(ids), features).sum().backward()
+    model(ids, features).sum().backward()
     for p in model.multi_modal_projector.parameters():
         assert p.grad is not None
         assert (p.grad == 0).all()
@@ -162,7 +163,7 @@ def test_a_vocabulary_without_padding_rows_grows(tmp_path, parts, tokenizer):
 
     Qwen2ForCausalLM(text_config(vocab=len(tokenizer))).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    model = Llava.from_parts(parts["vision"], str(tmp_path))
+    model = new_student(parts["vision"], str(tmp_path))
     assert model.config.text_config.vocab_size == 384
     model.save(tmp_path / "out")
     stock, report = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -172,8 +173,8 @@ def test_a_vocabulary_without_padding_rows_grows(tmp_path, parts, tokenizer):
 
 def test_a_checkpoint_without_some_weight_is_refused(tmp_path, parts, checkpoints):
     """Rather than filled with random numbers."""
-    for source, load in ((parts["small"], lambda p: Llava.from_parts(parts["vision"], p)),
-                         (parts["vision"], lambda p: Llava.from_parts(p, parts["small"])),
+    for source, load in ((parts["small"], lambda p: new_student(parts["vision"], p)),
+                         (parts["vision"], lambda p: new_student(p, parts["small"])),
                          (checkpoints["small"], Llava.from_checkpoint)):  # fmt: skip
         folder = tmp_path / Path(source).name
         shutil.copytree(source, folder, dirs_exist_ok=True)
@@ -195,5 +196,5 @@ def test_what_cannot_be_loaded_is_named(tmp_path, parts, checkpoints):
     with pytest.raises(InputError, match="'qwen2' model"):
         Llava.from_checkpoint(parts["small"])
     with pytest.raises(InputError, match="nowhere"):
-        Llava.from_parts(parts["vision"], str(tmp_path / "nowhere"))
+        new_student(parts["vision"], str(tmp_path / "nowhere"))
     assert CHAT_TEMPLATE == Llava.from_checkpoint(checkpoints["small"]).processor.tokenizer.chat_template

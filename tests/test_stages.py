@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import torch.utils.checkpoint
-from conftest import NP, data_flags, launch, log_of, open_data
+from conftest import NP, as_floats, data_flags, launch, log_of, open_data
 from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -162,7 +162,7 @@ def test_the_log_holds_the_losses_of_the_first_batch(chain, world, checkpoints, 
     for sample in (data[i] for i in steps[0]):
         ((ids, learned),) = sample["rows"]
         ids = torch.tensor([ids])
-        pixels = {"pixel_values": sample["pixels"][0]} if sample["pixels"] else {}
+        pixels = {"pixel_values": as_floats(sample["pixels"][0])} if sample["pixels"] else {}
         with torch.no_grad():
             s, t = (m(input_ids=ids, **pixels).logits[0].double()[:, :448] for m in (student, teacher))
         p_s, p_t = s.softmax(-1), t.softmax(-1)

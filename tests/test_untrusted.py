@@ -3,15 +3,13 @@
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from jinja2.exceptions import SecurityError
 from transformers import AutoProcessor
 
-from data import Encoder
 from model import Llava
+from support.chat import Chat
 from support.flags import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -39,10 +37,9 @@ def test_code_beside_a_checkpoint_is_not_run(checkpoints, tmp_path):
 def test_a_chat_template_runs_in_a_sandbox(checkpoints):
     processor = AutoProcessor.from_pretrained(checkpoints["small"])
     template = "{% generation %}{{ ''.__class__.__mro__[1].__subclasses__() }}{% endgeneration %}"
-    processor.tokenizer.chat_template = template
-    messages = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
-    with pytest.raises(SecurityError):
-        Encoder(SimpleNamespace(processor=processor, n_visual_tokens=4), 100)(messages)
+    processor.chat_template = template
+    with pytest.raises(InputError, match="access to attribute '__class__' of 'str' object is unsafe"):
+        Chat(processor)
 
 
 def test_no_file_uses_what_runs_code():

@@ -1,0 +1,114 @@
+"""Conversations -> token ids, by the checkpoint's own chat template, and which tokens are learned.
+
+What is trained on is built from what generation will be asked with: for every answer the template's
+rendering with `add_generation_prompt`, then the answer, then the end that the template puts behind it. So
+prompts in training, in evaluate.py and of stock `apply_chat_template` are the same ids. Markers of generation
+blocks are not relied on: published templates have none, or leave the end token outside.
+"""
+
+import transformers as hf
+
+from support.flags import InputError, require
+
+IMAGE_TOKEN = "<image>"
+IGNORE = -100  # the target of a position whose next token is given, not predicted
+
+# For new students that do not take their teacher's. Its prompt ends with "ASSISTANT:", and the space after it
+# belongs to the answer: behind "ASSISTANT: " a BPE would merge it into the first answer token when training.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+    {%- set parts = [{'type': 'text', 'text': message.content}] -%}
+    {%- if message.content is not string -%}{%- set parts = message.content -%}{%- endif -%}
+    {%- set text = parts | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}
+    {%- set images = '<image>\\n' * (parts | selectattr('type', 'equalto', 'image') | list | length) -%}
+    {%- if message.role == 'assistant' -%}
+        {{ 'ASSISTANT:' }}{% generation %}{{ ' ' + text + eos_token }}{% endgeneration %}
+    {%- else -%}{{ ('USER: ' if message.role == 'user' else '') + images + text + ' ' }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}
+"""
+
+
+def turn(role: str, text: str, images: int = 0) -> dict:
+    """A message as chat templates take it, its images first."""
+    return {"role": role, "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
+
+
+# What teacher and student must write alike.
+PROBE = [turn("user", "What is this?", 1), turn("assistant", "A cat."),
+         turn("user", "Why?"), turn("assistant", "It purrs.")]  # fmt: skip
+
+
+class Chat:
+    """What a checkpoint's template and tokenizer make of a conversation."""
+
+    def __init__(self, processor: hf.ProcessorMixin):
+        self.tokenizer = tokenizer = processor.tokenizer
+        self.template = getattr(processor, "chat_template", None) or tokenizer.chat_template
+        where, eos = f"the checkpoint {tokenizer.name_or_path}", tokenizer.eos_token
+        require(self.template, f"{where} has no chat template; save one with its tokenizer")
+        require(eos is not None, f"{where} has no end token: set eos_token in its tokenizer_config.json")
+        # What stands between prompt and answer and behind the answer, from one with a word we can find again.
+        question, word = turn("user", "Q"), "Answerword"
+        asked, told = self.render([question], ask=True), self.render([question, turn("assistant", word)])
+        before, found, behind = told.partition(word)
+        require(found, f"{where} has a chat template that leaves the answer out: {told!r}")
+        self.lead = before.removeprefix(asked) if before.startswith(asked) else ""
+        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | {eos}
+        ends = sorted((t for t in special if t in behind), key=behind.find)
+        # The end token may be missing in the template ("USER: .. ASSISTANT: .. USER: .."): then it is learned
+        # as the target of the answer's last token, and does not stand in the sequence.
+        size = behind.find(ends[0]) + len(ends[0]) if ends else 0
+        self.end, self.rest = behind[:size], behind[size:]
+        self.end_id = tokenizer.convert_tokens_to_ids(ends[0] if ends else eos)
+
+    def render(self, messages: list[dict], ask: bool = False) -> str:
+        """The template's text; `ask`: with the prompt of the answer that comes next."""
+        options = {"chat_template": self.template, "tokenize": False, "add_generation_prompt": ask}
+        try:
+            return self.tokenizer.apply_chat_template(messages, **options)
+        except Exception as error:  # whatever Jinja, or the template by itself, raises
+            name = self.tokenizer.name_or_path
+            raise InputError(f"the chat template of {name} cannot write a conversation: {error}") from None
+
+    def begins(self, text: str) -> bool:
+        """Whether the tokenizer's own begin token must be added, as stock processors do."""
+        bos = self.tokenizer.bos_token
+        return not (bos and text.startswith(bos))
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=self.begins(text))["input_ids"]
+
+    def encode(self, messages: list[dict], last_only: bool = False) -> tuple[list[int], list[int]]:
+        """(token ids, targets): a position's target is the next token where that is learned, else IGNORE.
+
+        Learned are all answers (or the last) and their end tokens; what comes behind the last is left out.
+        """
+        text, told, ids, targets = "", "", [], []
+        for k, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            asked = self.render(messages[:k], ask=True)
+            differ = f"the chat template writes a conversation as {told!r} and then goes on from {asked!r}"
+            require(asked.startswith(told), f"{differ}: the first must be the beginning of the second")
+            prompt = text + asked[len(told) :]
+            text = prompt + self.lead + message["content"][-1]["text"] + self.end
+            before, given, ids = ids, self.ids(prompt), self.ids(text)
+            apart = given[: len(before)] == before and ids[: len(given)] == given
+            require(apart, f"the tokenizer joins an answer with the text beside it in {text[-200:]!r}")
+            targets += [IGNORE] * (len(ids) - len(targets))
+            if message is messages[-1] or not last_only:
+                targets[len(given) - 1 : -1] = ids[len(given) :]
+                targets[-1] = IGNORE if self.end else self.end_id
+            if k + 1 < len(messages):
+                text, told = text + self.rest, self.render(messages[: k + 1])
+        return ids, targets
+
+    def caption(self, messages: list[dict]) -> tuple[list[int], list[int]]:
+        """As LLaVA's pre-training: the images and the answers, without the questions and the template."""
+        images = [part for m in messages for part in m["content"] if part["type"] == "image"]
+        answers = [m["content"][-1]["text"] for m in messages if m["role"] == "assistant"]
+        text = self.tokenizer(" ".join(answers), add_special_tokens=False)["input_ids"]
+        given = self.ids("") + [self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)] * len(images)
+        learned = [*text, self.end_id]
+        return given + learned, [*([IGNORE] * len(given) + learned)[1:], IGNORE]

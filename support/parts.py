@@ -1,0 +1,81 @@
+"""A new model from a pre-trained vision tower and language model, which may follow its teacher."""
+
+import copy
+
+import torch
+import transformers as hf
+from torch import nn
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from support.chat import CHAT_TEMPLATE, IMAGE_TOKEN
+from support.checks import check_tower, check_vocabularies, complete, load_stock, loading
+from support.flags import require
+
+
+def new_llava(vision: str, llm: str, teacher: str | None = None) -> tuple[nn.Module, hf.LlavaProcessor]:
+    """A stock LLaVA of both parts (hub names or folders) with a fresh projector, and its processor.
+
+    With a teacher (a LLaVA checkpoint) the student speaks and sees as the teacher does: tokenizer and chat
+    template are the teacher's, and, for a tower of the same kind, how images are prepared and which layer is
+    read. Without one it reads layer -2 (as LLaVA) of all patches and has this project's template.
+    """
+    with loading(f"--vision {vision}"):
+        tower_config = hf.AutoConfig.from_pretrained(vision)
+        tower_config = getattr(tower_config, "vision_config", tower_config)  # the image half of a SigLIP
+        check_tower(vision, tower_config)
+        tower_config.vision_use_head = False  # the pooling head is never read
+        tower = complete(vision, hf.AutoModel, config=tower_config)
+        image_processor = hf.AutoImageProcessor.from_pretrained(vision)
+    with loading(f"--llm {llm}"):
+        language = complete(llm, hf.AutoModelForCausalLM)
+        tokenizer = own = hf.AutoTokenizer.from_pretrained(llm)
+        check_head(llm, language)
+    template, layer, has_cls = CHAT_TEMPLATE, -2, hasattr(tower.embeddings, "class_embedding")  # CLIP has one
+    select = "default" if has_cls else "full"  # "default" drops it; of SigLIP all tokens are patches
+    if teacher:
+        theirs, processor = load_stock(teacher, torch.float32, weights=False)
+        tokenizer = processor.tokenizer
+        template = processor.chat_template or tokenizer.chat_template
+        check_vocabularies((llm, own), (teacher, tokenizer))
+        kind = lambda c: (c.model_type, c.image_size, c.patch_size)  # noqa: E731
+        if kind(theirs.config.vision_config) == kind(tower_config):
+            image_processor, layer = processor.image_processor, theirs.config.vision_feature_layer
+            select = theirs.config.vision_feature_select_strategy
+    else:
+        tokenizer.add_tokens(hf.AddedToken(IMAGE_TOKEN, special=True, normalized=False))
+    tokenizer.chat_template = template
+    n_ids = max(tokenizer.get_vocab().values()) + 1
+    if n_ids > language.config.vocab_size:  # Qwen's padding rows have room; others may not
+        language.resize_token_embeddings(n_ids, pad_to_multiple_of=64)
+    config = hf.LlavaConfig(  # of copies: it would reset the attention of the configs it is given
+        vision_config=copy.deepcopy(tower_config), text_config=copy.deepcopy(language.config),
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), vision_feature_layer=layer,
+        vision_feature_select_strategy=select, projector_hidden_act="gelu",
+        image_seq_length=(tower_config.image_size // tower_config.patch_size) ** 2,
+        tie_word_embeddings=language.config.tie_word_embeddings,
+    )  # fmt: skip
+    processor = hf.LlavaProcessor(
+        image_processor, tokenizer, patch_size=tower_config.patch_size, chat_template=template,
+        vision_feature_select_strategy=select, num_additional_image_tokens=int(has_cls),
+    )  # fmt: skip
+    with torch.device("meta"):
+        llava = hf.LlavaForConditionalGeneration(config)
+    llava.model.vision_tower, llava.model.language_model, llava.lm_head = (
+        tower,
+        language.model,
+        language.lm_head,
+    )
+    llava.model.multi_modal_projector = LlavaMultiModalProjector(config)  # two layers with a GELU between
+    return llava, processor
+
+
+def check_head(path: str, language: nn.Module) -> None:
+    """Refuse a language model whose logits are not h W^T of its head's weight W: all losses rely on that."""
+    ids = torch.arange(8).unsqueeze(0)
+    with torch.no_grad():
+        want = language(ids).logits
+        body = language.base_model
+        got = body(inputs_embeds=body.embed_tokens(ids)).last_hidden_state @ language.lm_head.weight.T
+    off = (want - got).abs().max().item()
+    more = f"its logits differ by up to {off:.3g} from hidden state times head: a bias, a cap or a scale"
+    require(off <= 1e-3 * max(want.abs().max().item(), 1.0), f"{path} cannot be a student: {more}")
