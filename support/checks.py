@@ -176,10 +176,10 @@ def load_stock(path: str, dtype: torch.dtype, weights: bool = True) -> tuple[nn.
         ids = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), config.image_token_index
         differ = "its tokenizer has {} as token {}, its config.json has image_token_index {}"
         require(ids[0] == ids[1], f"{path}: {differ.format(IMAGE_TOKEN, *ids)}; they must be the same")
-        # Older files leave these to the model's config.
-        patch, strategy = config.vision_config.patch_size, config.vision_feature_select_strategy
-        processor.patch_size = processor.patch_size or patch
-        processor.vision_feature_select_strategy = processor.vision_feature_select_strategy or strategy
+        # How many tokens an image becomes is the model's to say: older files of processors leave it out.
+        processor.patch_size = config.vision_config.patch_size
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        processor.num_additional_image_tokens = int(config.vision_config.model_type == "clip_vision_model")
         with torch.device("cpu" if weights else "meta"):
             model = hf.LlavaForConditionalGeneration
             model = complete(path, model, dtype=dtype) if weights else model(config)
