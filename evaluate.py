@@ -4,23 +4,23 @@
     python evaluate.py --model out/sft out/dft --questions q.jsonl --images IMAGES --sample 8
 
 Questions are JSONL: `question_id`, `text`, `image` (a path, a list of paths, or absent), the reference in
-`label` (a string), `answers` (a list, for vqa) or `objects` (a list, for hallucination), `options` (a list,
-for choice) and `category`, each where it applies. POPE's own files are in this form. What answers is
-`LlavaForConditionalGeneration` as others run it, not a model of ours.
+`label` (a string), `answers` (a list, for vqa) or `objects` (a list, for hallucination), `options` (for
+choice: a list, or an object from letters to texts) and `category`, each where it applies. POPE's own files
+are in this form. What answers is `LlavaForConditionalGeneration` as others run it, not a model of ours.
 """
 
 import argparse
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from lab.pictures import draw_sample
-from support.chat import Chat
-from support.checks import IMAGE_TOKEN, check_images, images_of, load_image, load_stock
-from support.flags import add_flags, cli, natural, new_parser, positive, require
+from support.checks import IMAGE_TOKEN, check_images, is_text, load_image, load_stock
+from support.flags import InputError, add_flags, cli, natural, new_parser, positive, require
 from support.index import records
 from support.metrics import METRICS, read_vocabulary
 from support.run import precision
@@ -34,6 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ("--images", str, ".", "folder that image paths are relative to"),
         ("--metric", tuple(METRICS), "exact", "how to score"),
         ("--objects", str, None, "for hallucination: an object a line, with its other wordings after commas"),
+        ("--skip_bad", natural, 0, "leave out up to this many malformed questions and unreadable images"),
         ("--suffix", str, "", "added to every question, such as '\\nAnswer with a single word or phrase.'"),
     ])  # fmt: skip
     add_flags(parser, "how", [
@@ -46,25 +47,45 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_questions(path: str, image_root: str, reference: str | None) -> list[dict]:
-    """Checked questions; every one has the field `reference`, if a metric needs one. `images` is a list."""
-    questions = []
-    for where, q in records(path):
-        asks = isinstance(q, dict) and isinstance(q.get("text"), str)
-        require(asks, f"{where} is not a question: it needs 'text' (a string)")
-        there = not reference or reference in q
-        require(there, f"{where} has no '{reference}', which this metric compares the answer with")
-        if reference == "answers":
-            given = q["answers"] if isinstance(q["answers"], list) else []
-            q["answers"] = [a.get("answer") if isinstance(a, dict) else a for a in given]  # VQA's own form
-            several = len(given) > 1 and all(isinstance(a, str) for a in q["answers"])
-            require(several, f"{where}: 'answers' must be a list of several humans' answers, ten in VQA")
-        images, text = images_of(where, q), q["text"]
-        check_images(where, images, text.count(IMAGE_TOKEN) if images else 0, image_root)
-        text = text.replace(IMAGE_TOKEN, "").strip()
-        questions.append(q | {"text": text, "images": images, "where": where})
+def read_question(where: str, q: object, image_root: str, metric: str) -> dict:
+    """The question, checked, its `images` a list and its reference in the one form that the metric reads."""
+    asks = isinstance(q, dict) and isinstance(q.get("text"), str)
+    require(asks, f"{where} is not a question: it needs 'text' (a string)")
+    whole = is_text(json.dumps(q, ensure_ascii=False))
+    require(whole, f"{where} holds half of a surrogate pair, which is no character")
+    require("video" not in q, f"{where} has a 'video': only images can be asked about")
+    image, text = q.get("image") or q.get("images"), q["text"]
+    n_images = len(image) if isinstance(image, list) else int(image is not None)
+    images = check_images(where, image, text.count(IMAGE_TOKEN) or n_images, image_root)
+    for path in images:
+        load_image(where, image_root, path)
+    while IMAGE_TOKEN in text:  # taking one out may make another: "<im<image>age>"
+        text = text.replace(IMAGE_TOKEN, "")
+    q |= {"text": text.strip(), "images": images, "where": where}
+    _, field, read = METRICS[metric]
+    return q | {field: read(q)} if field else q
+
+
+def read_questions(path: str, image_root: str, metric: str, skip_bad: int = 0) -> tuple[list[dict], int]:
+    """The good questions of a file, each with a `question_id`, and how many are bad: at most `skip_bad`."""
+
+    def attempt(numbered: tuple) -> dict | InputError:
+        k, (where, q) = numbered
+        try:
+            return {"question_id": k} | read_question(where, q, image_root, metric)
+        except InputError as error:
+            return error
+
+    with ThreadPoolExecutor() as pool:  # every image is decoded, so that all bad ones are known beforehand
+        questions = list(pool.map(attempt, enumerate(records(path))))
+    bad = [q for q in questions if isinstance(q, InputError)]
+    n_bad = f"{len(bad)} of {len(questions)} questions are bad, more than --skip_bad {skip_bad}"
+    require(len(bad) <= skip_bad, f"{n_bad}; the first: {bad and bad[0]}")
+    for error in bad:
+        print(f"left out: {error}")
+    questions = [q for q in questions if isinstance(q, dict)]
     require(bool(questions), f"{path} holds no question")
-    return questions
+    return questions, len(bad)
 
 
 @torch.inference_mode()
@@ -73,21 +94,24 @@ def generate(model_path: str, questions: list[dict], args: argparse.Namespace) -
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = precision(args.dtype, torch.bfloat16 if device == "cuda" else torch.float32)
     model, processor = load_stock(model_path, dtype)
-    chat = Chat(processor)  # whose prompts are those of training
     model.to(device).eval()
+    template = processor.chat_template or processor.tokenizer.chat_template
+    require(template, f"{model_path} has no chat template; put that of its model family beside its tokenizer")
     processor.tokenizer.padding_side = "left"  # so that every row's answer starts at the same place
     size = lambda i: (len(questions[i]["images"]), len(questions[i]["text"]))  # noqa: E731
     order = sorted(range(len(questions)), key=size)
     answers, suffix = [""] * len(questions), args.suffix.replace("\\n", "\n")
     for k in tqdm(range(0, len(order), args.batch), desc=f"answers of {model_path}"):
         picked = [questions[i] for i in order[k : k + args.batch]]
-        images = [load_image(q["where"], args.images, path) for q in picked for path in q["images"]]
+        places = [(q["where"], args.images, path) for q in picked for path in q["images"]]
+        with ThreadPoolExecutor() as pool:
+            images = list(pool.map(load_image, *zip(*places))) if places else None
         prompts = []
         for q in picked:
             content = [{"type": "image"}] * len(q["images"]) + [{"type": "text", "text": q["text"] + suffix}]
-            prompts.append(chat.render([{"role": "user", "content": content}], ask=True))
-        how = {"padding": True, "return_tensors": "pt", "add_special_tokens": chat.begins(prompts[0])}
-        inputs = processor(images=images or None, text=prompts, **how)
+            turn = [{"role": "user", "content": content}]
+            prompts.append(processor.apply_chat_template(turn, template, add_generation_prompt=True))
+        inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
         inputs = inputs.to(device, dtype)
         tokens = model.generate(**inputs, do_sample=False, max_new_tokens=args.max_new_tokens)
         new = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -98,24 +122,29 @@ def generate(model_path: str, questions: list[dict], args: argparse.Namespace) -
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
     args = parse_args(argv)
-    metric, reference = METRICS[args.metric]
-    questions, out = read_questions(args.questions, args.images, reference), Path(args.out)
-    if reference == "objects":
+    require(
+        IMAGE_TOKEN not in args.suffix, f"--suffix must not hold {IMAGE_TOKEN}: questions bring the images"
+    )
+    metric, out = METRICS[args.metric][0], Path(args.out)
+    questions, n_bad = read_questions(args.questions, args.images, args.metric, args.skip_bad)
+    if args.metric == "hallucination":
         read_vocabulary(questions, args.objects)
     out.mkdir(parents=True, exist_ok=True)
     names = [os.path.basename(os.path.normpath(path)) for path in args.model]
     if len(set(names)) < len(names):
-        names = [path.strip("/.").replace("/", "_") for path in args.model]
+        names = [path.replace("/", "_") for path in args.model]
     scores, answers = {}, {}
     for path, name in zip(args.model, names):
         answers[name] = generate(path, questions, args)
-        lines = [{"question_id": q.get("question_id", k), "prompt": q["text"], "text": a, "model_id": path}
-                 for k, (q, a) in enumerate(zip(questions, answers[name]))]  # fmt: skip
+        lines = [{"question_id": q["question_id"], "prompt": q["text"], "text": a, "model_id": path}
+                 for q, a in zip(questions, answers[name])]  # fmt: skip
         (out / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         if metric:
-            scores[name] = metric(questions, answers[name])
+            scores[name] = metric(questions, answers[name]) | ({"left_out": n_bad} if n_bad else {})
             flat = scores[name] | scores[name].get("by_category", {})
-            print(f"{name}: " + ", ".join(f"{k} {v:.1f}" for k, v in flat.items() if k != "by_category"))
+            print(
+                f"{name}: " + ", ".join(f"{k} {round(v, 1)}" for k, v in flat.items() if k != "by_category")
+            )
     (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
     if args.sample:
         draw_sample(out / "sample.png", questions[: args.sample], answers, args.images, metric)

@@ -156,12 +156,12 @@ def write_report(out: Path, world: Path, new: list[dict]) -> str:
     rows = [r for r in old if key(r) not in map(key, new)] + new
     path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     draw_curves(rows, out / "curves.png")
-    for folder, file, field, name, metric in (
-        ("eval", "questions", "label", "sample.png", exact_match),
-        ("hallucination", "describe", "objects", "descriptions.png", hallucination),
+    for folder, file, kind, name, metric in (
+        ("eval", "questions", "exact", "sample.png", exact_match),
+        ("hallucination", "describe", "hallucination", "descriptions.png", hallucination),
     ):
-        questions = evaluate.read_questions(world / f"{file}.jsonl", str(world / "images"), field)
-        if field == "objects":
+        questions, _ = evaluate.read_questions(world / f"{file}.jsonl", str(world / "images"), kind)
+        if kind == "hallucination":
             read_vocabulary(questions, None)
         draw_answers(rows, out, world, folder, questions, name, metric)
     said = "\n".join(f"- {line}" for line in verdicts(rows))

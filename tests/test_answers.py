@@ -1,0 +1,254 @@
+"""What questions files hold and models answer in practice: read or refused, never misread."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import vision_config
+from PIL import Image
+from transformers import AutoProcessor, CLIPImageProcessorPil, CLIPVisionConfig, pipeline
+
+import evaluate
+from support.checks import load_stock
+from support.flags import InputError, to_argv
+from support.metrics import METRICS, choice, exact_match, multiple_choice, pope, read_vocabulary, vqa
+
+AB = {"options": ["a cat", "a dog"]}
+
+
+def read(tmp_path: Path, metric: str, *questions: dict, images: Path | str = ".", skip_bad: int = 0):
+    """The questions as evaluate.py reads them from a file."""
+    path = tmp_path / "q.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "?"} | q) for q in questions))
+    return evaluate.read_questions(str(path), str(images), metric, skip_bad)
+
+
+@pytest.mark.parametrize("metric, reference, expected", [
+    ("pope", {"label": "No"}, "no"), ("pope", {"label": " YES. "}, "yes"),
+    ("choice", {"label": "b"} | AB, "B"), ("choice", {"label": "(B)"} | AB, "B"),
+    ("choice", {"label": "B."}, "B"), ("choice", {"label": "A dog."} | AB, "B"),
+    ("choice", {"label": "B", "options": None}, "B"), ("choice", {"label": "Z"}, "Z"),
+    ("choice", {"label": "b", "options": {"A": "a cat", "B": "a dog", "C": None}}, "B"),
+    ("choice", {"label": 1, "options": {"1": "a cat", "2": "a dog"}}, "1"),
+    ("choice", {"label": "12", "options": [10, 12]}, "B"),
+    ("exact", {"label": 2}, "2"), ("exact", {"label": "Red"}, "Red"),
+    ("vqa", {"answers": [{"answer": "2"}, {"answer": "3"}]}, ["2", "3"]),
+    ("hallucination", {"objects": ["Dog ", "cat"]}, ["dog", "cat"]), ("hallucination", {"objects": []}, []),
+])  # fmt: skip
+def test_a_reference_is_read_into_one_form(tmp_path, metric, reference, expected):
+    (question,), n_bad = read(tmp_path, metric, reference)
+    assert (question[METRICS[metric][1]], n_bad) == (expected, 0)
+
+
+@pytest.mark.parametrize("metric, reference, message", [
+    *(("pope", {"label": label}, "'label'") for label in (None, "maybe", True, 0, "", ["yes"], {"a": "yes"})),
+    *(("exact", {"label": label}, "that is one text") for label in (None, ["a", "b"], {}, 2.5, " ")),
+    *(("choice", {"label": label} | AB, "one option of A, B, but is") for label in ("C", "a bird", "AB")),
+    # Numbers count from 0 in some files and from 1 in others.
+    *(("choice", {"label": label} | AB, "letter") for label in (0, 1, 2, "1")),
+    ("choice", {"label": 1}, "letter"), ("choice", {"label": "3", "options": [4, 3, 2]}, "letter"),
+    ("choice", {"label": ["A"]} | AB, "no 'label' that is one text"),
+    ("choice", {"label": "a dog", "options": ["a dog", "a dog"]}, "one option"),
+    ("choice", {"label": "A", "options": "a cat, a dog"}, "'options' must be a list"),
+    ("choice", {"label": "A", "options": [["a cat"]]}, "'options' must be a list"),
+    *(("vqa", {"answers": a}, "several humans") for a in ("two", [], ["two"], None, [1, 2], [{"answer": 2}])),
+    *(("hallucination", {"objects": o}, "must be the list") for o in (None, "dog", [3], [""], [["dog"]])),
+    ("vqa", {}, "several humans"), ("hallucination", {}, "must be the list"), ("pope", {}, "no 'label'"),
+])  # fmt: skip
+def test_a_reference_that_can_be_misread_is_refused(tmp_path, metric, reference, message):
+    with pytest.raises(InputError, match=f"q.jsonl line 1.*{message}"):
+        read(tmp_path, metric, reference)
+
+
+def test_labels_of_any_case_score_as_meant():
+    labels = [{"label": label} for label in ("No", "NO", "Yes", "yes.")]
+    assert pope(labels, ["No", "no.", "Yes", "yes"])["accuracy"] == 100
+    assert multiple_choice([{"label": "(b)"} | AB], ["B"])["accuracy"] == 100
+
+
+def test_pope_counts_the_answers_that_its_script_misreads():
+    misread = ["No!", "NO", "**No**", "No\nThe image shows none.", "A dog.", "", "Yes, no doubt", "Nothing"]
+    scores = pope([{"label": "no"}] * len(misread), misread)
+    assert scores["unclear"] == len(misread)
+    assert scores["accuracy"] == pytest.approx(100 / 8)  # the official score: only "Yes, no doubt" is a no
+    plain = ["No", "no.", "No, none.", "Yes", "yes.", "YES", "**Yes**"]
+    assert pope([{"label": "no"}] * len(plain), plain)["unclear"] == 0
+
+
+@pytest.mark.parametrize("answer", [
+    "B", "b", "(b)", "(B).", "B) a dog", "b. a dog", "B: it barks", "**B**", "Ｂ", "Answer: B", "answer: b",
+    "**Answer:** B", "The correct answer is B", "The answer is: (B).", "The answer is B because it is no cat",
+    "B\nBecause it barks.", "It barks.\n\nAnswer: B", "The right option is B.", "a dog", "A dog.", "A DOG",
+    "It is a dog.", "The answer is a dog.", "I see a dog in the picture", "There is a dog\nand nothing more.",
+])  # fmt: skip
+def test_an_answer_that_chooses(answer):
+    assert choice(answer, {"A": "a cat", "B": "a dog"}) == "B"
+
+
+@pytest.mark.parametrize("answer", [
+    "", "A bird", "a bird.", "both", "Because", "Bad", "B or A", "I think B is it", "a cat or a dog", "C",
+    "AB", "It is not a dog.", "It isn't a dog", "Answer: a bird", "bulldog", "a dogma",
+])  # fmt: skip
+def test_an_answer_that_chooses_nothing(answer):
+    options = ["a cat", "a dog"]
+    scores = multiple_choice([{"label": label, "options": options} for label in "AB"], [answer] * 2)
+    assert (scores["accuracy"], scores["unclear"]) == (0, 2)
+
+
+def test_options_by_letters_by_names_and_without_texts():
+    assert choice("A dog", {"A": "cat", "B": "dog"}) == "B"  # its article is not the letter A
+    assert choice("It is a hot dog.", {"A": "dog", "B": "hot dog"}) == "B"
+    assert choice("2", {"1": "a cat", "2": "a dog"}) == "2"
+    assert choice("There are 3.", {"A": "2", "B": "3"}) == "B"
+    assert [choice(a, {}) for a in ("b", "A dog", "The answer is A because", "hello")] == [
+        "B",
+        None,
+        "A",
+        None,
+    ]
+
+
+def test_what_looks_the_same_is_the_same():
+    for human, answer in (("5%", "5 %"), ("don't", "don’t"), ("caf\u00e9", "cafe\u0301"), ("Ａ", "a"),
+                          ("10 cm", "10\u00a0cm")):  # fmt: skip
+        assert vqa([{"answers": [human] * 10}], [answer])["accuracy"] == 100, human
+        if "%" not in human:
+            assert exact_match([{"label": human}], [f"{answer}."])["accuracy"] == 100, human
+    assert vqa([{"answers": ["cafe"] * 10}], ["caf\u00e9"])["accuracy"] == 0
+
+
+def test_plurals_of_objects(tmp_path):
+    things = "person knife baby woman mouse leaf tooth bus dog policeman child".split()
+    plurals = "people knives babies women mice leaves teeth buses dogs policemen children".split()
+    questions = [{"objects": [thing], "where": "q"} for thing in things]
+    read_vocabulary(questions, None)
+    scores = METRICS["hallucination"][0](questions, [f"Many {plural}!" for plural in plurals])
+    assert (scores["recall"], scores["response_rate"]) == (100, 0)
+    assert METRICS["hallucination"][0](questions[:1], ["Two dogs."])["response_rate"] == 100
+
+
+def test_questions_that_cannot_be_asked(world, tmp_path):
+    images = world / "images"
+    for question, message in (
+        ({"text": "\ud83d?"}, "line 1 holds half of a surrogate pair"),
+        ({"category": "\ude00"}, "line 1 holds half of a surrogate pair"),
+        ({"video": "a.mp4"}, "line 1 has a 'video'"),
+        ({"image": {"path": "0.png"}}, "must be a path"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read(tmp_path, "none", question, images=images)
+    (asked, several), _ = read(tmp_path, "none", {"text": "<im<image>age> what?", "image": "0.png"},
+                               {"images": ["0.png", "4.png"]}, images=images)  # fmt: skip
+    assert (asked["text"], asked["images"], several["images"]) == ("what?", ["0.png"], ["0.png", "4.png"])
+    with pytest.raises(InputError, match="--suffix must not hold <image>"):
+        evaluate.main(["--model", "m", "--questions", "q", "--suffix", "look: <image>"])
+
+
+@pytest.fixture
+def some_bad(world, tmp_path) -> dict:
+    """The flags of a questions file of which the second has a cut JPEG and the fourth no text."""
+    (tmp_path / "images").mkdir()
+    shutil.copy(world / "images" / "0.png", tmp_path / "images")
+    Image.effect_noise((64, 64), 50).save(tmp_path / "images" / "cut.jpg")
+    whole = (tmp_path / "images" / "cut.jpg").read_bytes()
+    (tmp_path / "images" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    good = {"text": "how many objects ?", "image": "0.png", "label": "Yes"}
+    lines = [good, good | {"image": "cut.jpg"}, good, good | {"text": None}, good]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return {"questions": tmp_path / "q.jsonl", "images": tmp_path / "images", "out": tmp_path / "out",
+            "metric": "pope", "max_new_tokens": 2}  # fmt: skip
+
+
+def test_bad_questions_stop_the_run_before_it_answers(some_bad, monkeypatch):
+    monkeypatch.setattr(evaluate, "generate", lambda *_: pytest.fail("it has begun to answer"))
+    for n in 0, 1:
+        message = rf"2 of 5 .*more than --skip_bad {n}; the first: .*line 2: image .*cut\.jpg cannot be read"
+        with pytest.raises(InputError, match=message):
+            evaluate.main(to_argv(model="m", skip_bad=n, **some_bad))
+
+
+def test_bad_questions_are_named_left_out_and_counted(some_bad, checkpoints, capsys):
+    scores = evaluate.main(to_argv(model=checkpoints["small"], skip_bad=2, **some_bad))["small"]
+    said = capsys.readouterr().out
+    assert "line 2: image" in said
+    assert "line 4 is not a question" in said
+    assert scores["left_out"] == 2
+    assert json.loads((some_bad["out"] / "scores.json").read_text())["small"] == scores
+    ids = [json.loads(line)["question_id"] for line in open(some_bad["out"] / "small.jsonl")]
+    assert ids == [0, 2, 4]  # those of their places in the file, not among what is left
+    assert scores["accuracy"] in (0, 100)  # three times the same question
+    assert f"unclear {scores['unclear']}, left_out 2" in said
+
+
+def test_models_of_the_same_name_keep_their_own_answers(some_bad, checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "generate", lambda path, questions, _: [path] * len(questions))
+    evaluate.main(to_argv(model=["../x", "x"], skip_bad=2, **some_bad))
+    files = some_bad["out"].glob("*.jsonl")
+    assert {json.loads(file.read_text().splitlines()[0])["text"] for file in files} == {"../x", "x"}
+
+
+def test_a_checkpoint_without_a_chat_template(some_bad, checkpoints, tmp_path):
+    shutil.copytree(checkpoints["small"], tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    for name in "processor_config.json", "tokenizer_config.json":
+        saved = json.loads((tmp_path / "model" / name).read_text())
+        saved.pop("chat_template", None)
+        (tmp_path / "model" / name).write_text(json.dumps(saved))
+    with pytest.raises(InputError, match="model has no chat template; put"):
+        evaluate.main(to_argv(model=tmp_path / "model", skip_bad=2, **some_bad))
+
+
+def without_token_counts(path: Path) -> None:
+    """Take out of a saved processor what older files do not have."""
+    saved = json.loads((path / "processor_config.json").read_text())
+    for key in "patch_size", "vision_feature_select_strategy", "num_additional_image_tokens":
+        saved.pop(key, None)
+    (path / "processor_config.json").write_text(json.dumps(saved))
+
+
+def test_an_older_processor_is_completed_from_the_model(some_bad, checkpoints, tmp_path):
+    answers = {}
+    for name in "new", "old":
+        shutil.copytree(checkpoints["small"], tmp_path / name)
+        if name == "old":
+            without_token_counts(tmp_path / name)
+            assert AutoProcessor.from_pretrained(tmp_path / name).patch_size is None
+        evaluate.main(to_argv(model=tmp_path / name, skip_bad=2, **some_bad))
+        lines = (some_bad["out"] / f"{name}.jsonl").read_text().splitlines()
+        answers[name] = [json.loads(line)["text"] for line in lines]
+    assert answers["old"] == answers["new"] != [""] * 3
+
+
+def test_an_older_processor_of_a_tower_with_a_class_token(parts, tmp_path):
+    from transformers import CLIPVisionModel
+
+    from model import Llava
+
+    sizes = {k: getattr(vision_config(), k) for k in ("image_size", "patch_size", "hidden_size")}
+    CLIPVisionModel(CLIPVisionConfig(**sizes, intermediate_size=32, num_hidden_layers=3,
+                                     num_attention_heads=2)).save_pretrained(tmp_path / "clip")  # fmt: skip
+    square = {"height": 16, "width": 16}
+    CLIPImageProcessorPil(size=square, crop_size=square).save_pretrained(tmp_path / "clip")
+    Llava.from_parts(str(tmp_path / "clip"), parts["small"]).save(tmp_path / "llava")
+    without_token_counts(tmp_path / "llava")
+    model, processor = load_stock(str(tmp_path / "llava"), torch.float32)
+    inputs = processor(images=Image.new("RGB", (16, 16)), text="<image> ?", return_tensors="pt")
+    assert (inputs["input_ids"] == model.config.image_token_index).sum() == 4
+    assert model(**inputs).logits.isfinite().all()
+
+
+def test_the_pipeline_of_transformers_answers(checkpoints, world):
+    """As README shows it, and with the words that evaluate.py gets."""
+    asked = {"where": "q", "text": "how many objects ?", "images": ["0.png"]}
+    args = evaluate.parse_args(["--model", "m", "--questions", "q", "--images", str(world / "images"),
+                                "--max_new_tokens", "6"])  # fmt: skip
+    (expected,) = evaluate.generate(checkpoints["small"], [asked], args)
+    ask = pipeline("image-text-to-text", model=checkpoints["small"])
+    content = [
+        {"type": "image", "image": str(world / "images" / "0.png")},
+        {"type": "text", "text": asked["text"]},
+    ]
+    (answer,) = ask(text=[{"role": "user", "content": content}], max_new_tokens=6, return_full_text=False)
+    assert answer["generated_text"].strip() == expected != ""
