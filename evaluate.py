@@ -2,6 +2,7 @@
 
     python evaluate.py --model out/dft --questions pope.jsonl --images IMAGES --metric pope
     python evaluate.py --model out/sft out/dft --questions q.jsonl --images IMAGES --sample 8
+    torchrun --nproc_per_node 8 evaluate.py ...    each GPU answers a share of the questions
 
 Questions are JSONL: `question_id`, `text`, `image` (a path, a list of paths, or absent), the reference in
 `label` (a string), `answers` (a list, for vqa) or `objects` (a list, for hallucination), `options` (for
@@ -23,6 +24,7 @@ from support.checks import IMAGE_TOKEN, check_images, is_text, load_image, load_
 from support.flags import InputError, add_flags, cli, natural, new_parser, positive, require
 from support.index import records
 from support.metrics import METRICS, read_vocabulary
+from support.ranks import process_group
 from support.run import precision
 
 
@@ -66,8 +68,8 @@ def read_question(where: str, q: object, image_root: str, metric: str) -> dict:
     return q | {field: read(q)} if field else q
 
 
-def read_questions(path: str, image_root: str, metric: str, skip_bad: int = 0) -> tuple[list[dict], int]:
-    """The good questions of a file, each with a `question_id`, and how many are bad: at most `skip_bad`."""
+def read_questions(path: str, image_root: str, metric: str, skip_bad: int = 0) -> tuple[list, list]:
+    """The good questions of a file, each with a `question_id`, and what is wrong with the others."""
 
     def attempt(numbered: tuple) -> dict | InputError:
         k, (where, q) = numbered
@@ -81,43 +83,50 @@ def read_questions(path: str, image_root: str, metric: str, skip_bad: int = 0) -
     bad = [q for q in questions if isinstance(q, InputError)]
     n_bad = f"{len(bad)} of {len(questions)} questions are bad, more than --skip_bad {skip_bad}"
     require(len(bad) <= skip_bad, f"{n_bad}; the first: {bad and bad[0]}")
-    for error in bad:
-        print(f"left out: {error}")
     questions = [q for q in questions if isinstance(q, dict)]
     require(bool(questions), f"{path} holds no question")
-    return questions, len(bad)
+    return questions, bad
 
 
 @torch.inference_mode()
 def generate(model_path: str, questions: list[dict], args: argparse.Namespace) -> list[str]:
-    """The model's greedy answer to every question, in the questions' order."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = precision(args.dtype, torch.bfloat16 if device == "cuda" else torch.float32)
-    model, processor = load_stock(model_path, dtype)
-    model.to(device).eval()
-    template = processor.chat_template or processor.tokenizer.chat_template
-    require(template, f"{model_path} has no chat template; put that of its model family beside its tokenizer")
-    processor.tokenizer.padding_side = "left"  # so that every row's answer starts at the same place
-    size = lambda i: (len(questions[i]["images"]), len(questions[i]["text"]))  # noqa: E731
-    order = sorted(range(len(questions)), key=size)
-    answers, suffix = [""] * len(questions), args.suffix.replace("\\n", "\n")
-    for k in tqdm(range(0, len(order), args.batch), desc=f"answers of {model_path}"):
-        picked = [questions[i] for i in order[k : k + args.batch]]
-        places = [(q["where"], args.images, path) for q in picked for path in q["images"]]
-        with ThreadPoolExecutor() as pool:
-            images = list(pool.map(load_image, *zip(*places))) if places else None
-        prompts = []
-        for q in picked:
-            content = [{"type": "image"}] * len(q["images"]) + [{"type": "text", "text": q["text"] + suffix}]
-            turn = [{"role": "user", "content": content}]
-            prompts.append(processor.apply_chat_template(turn, template, add_generation_prompt=True))
-        inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
-        inputs = inputs.to(device, dtype)
-        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=args.max_new_tokens)
-        new = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for i, answer in zip(order[k : k + args.batch], new):
-            answers[i] = answer.strip()
-    return answers
+    """The model's greedy answer to every question, in their order. Ranks take turns at the batches."""
+    with process_group() as ranks:
+        dtype = precision(args.dtype, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
+        model, processor = load_stock(model_path, dtype)
+        model.to(ranks.device).eval()
+        tokenizer, template = (
+            processor.tokenizer,
+            processor.chat_template or processor.tokenizer.chat_template,
+        )
+        advice = "put that of its model family beside its tokenizer"
+        require(template, f"{model_path} has no chat template; {advice}")
+        tokenizer.padding_side = "left"  # so that every row's answer starts at the same place
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        size = lambda i: (len(questions[i]["images"]), len(questions[i]["text"]))  # noqa: E731
+        order, suffix = sorted(range(len(questions)), key=size), args.suffix.replace("\\n", "\n")
+        # Token ids less that of padding: 0 where this rank has no answer, so that the ranks' can be added.
+        answers = torch.zeros(len(order), args.max_new_tokens, dtype=torch.int64, device=ranks.device)
+        turns = range(0, len(order), args.batch)[ranks.rank :: ranks.world]
+        for k in tqdm(turns, f"answers of {model_path}", disable=ranks.rank > 0):
+            picked = [questions[i] for i in order[k : k + args.batch]]
+            places = [(q["where"], args.images, path) for q in picked for path in q["images"]]
+            with ThreadPoolExecutor() as pool:
+                images = list(pool.map(load_image, *zip(*places))) if places else None
+            prompts = []
+            for q in picked:
+                content = [{"type": "image"}] * len(q["images"]) + [
+                    {"type": "text", "text": q["text"] + suffix}
+                ]
+                turn = [{"role": "user", "content": content}]
+                prompts.append(processor.apply_chat_template(turn, template, add_generation_prompt=True))
+            inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
+            inputs = inputs.to(ranks.device, dtype)
+            tokens = model.generate(**inputs, do_sample=False, max_new_tokens=args.max_new_tokens)
+            new = tokens[:, inputs["input_ids"].shape[1] :]
+            answers[order[k : k + args.batch], : new.shape[1]] = new - tokenizer.pad_token_id
+        new = tokenizer.batch_decode(ranks.sum(answers) + tokenizer.pad_token_id, skip_special_tokens=True)
+    return [answer.strip() for answer in new]
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
@@ -126,7 +135,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         IMAGE_TOKEN not in args.suffix, f"--suffix must not hold {IMAGE_TOKEN}: questions bring the images"
     )
     metric, out = METRICS[args.metric][0], Path(args.out)
-    questions, n_bad = read_questions(args.questions, args.images, args.metric, args.skip_bad)
+    questions, bad = read_questions(args.questions, args.images, args.metric, args.skip_bad)
     if args.metric == "hallucination":
         read_vocabulary(questions, args.objects)
     out.mkdir(parents=True, exist_ok=True)
@@ -134,17 +143,22 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     if len(set(names)) < len(names):
         names = [path.replace("/", "_") for path in args.model]
     scores, answers = {}, {}
-    for path, name in zip(args.model, names):
-        answers[name] = generate(path, questions, args)
-        lines = [{"question_id": q["question_id"], "prompt": q["text"], "text": a, "model_id": path}
-                 for q, a in zip(questions, answers[name])]  # fmt: skip
-        (out / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-        if metric:
-            scores[name] = metric(questions, answers[name]) | ({"left_out": n_bad} if n_bad else {})
-            flat = scores[name] | scores[name].get("by_category", {})
-            print(
-                f"{name}: " + ", ".join(f"{k} {round(v, 1)}" for k, v in flat.items() if k != "by_category")
-            )
+    with process_group() as ranks:
+        print("".join(f"left out: {error}\n" for error in bad if ranks.rank == 0), end="")
+        for path, name in zip(args.model, names):
+            answers[name] = generate(path, questions, args)
+            if ranks.rank > 0:
+                continue
+            lines = [{"question_id": q["question_id"], "prompt": q["text"], "text": a, "model_id": path}
+                     for q, a in zip(questions, answers[name])]  # fmt: skip
+            (out / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+            if metric:
+                scores[name] = metric(questions, answers[name]) | ({"left_out": len(bad)} if bad else {})
+                flat = scores[name] | scores[name].get("by_category", {})
+                shown = [f"{k} {round(v, 1)}" for k, v in flat.items() if k != "by_category"]
+                print(f"{name}: {', '.join(shown)}")
+        if ranks.rank > 0:
+            return {}
     (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
     if args.sample:
         draw_sample(out / "sample.png", questions[: args.sample], answers, args.images, metric)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import vision_config
+from conftest import launch, vision_config
 from PIL import Image
 from transformers import AutoProcessor, CLIPImageProcessorPil, CLIPVisionConfig, pipeline
 
@@ -38,8 +38,8 @@ def read(tmp_path: Path, metric: str, *questions: dict, images: Path | str = "."
     ("hallucination", {"objects": ["Dog ", "cat"]}, ["dog", "cat"]), ("hallucination", {"objects": []}, []),
 ])  # fmt: skip
 def test_a_reference_is_read_into_one_form(tmp_path, metric, reference, expected):
-    (question,), n_bad = read(tmp_path, metric, reference)
-    assert (question[METRICS[metric][1]], n_bad) == (expected, 0)
+    (question,), bad = read(tmp_path, metric, reference)
+    assert (question[METRICS[metric][1]], bad) == (expected, [])
 
 
 @pytest.mark.parametrize("metric, reference, message", [
@@ -51,6 +51,7 @@ def test_a_reference_is_read_into_one_form(tmp_path, metric, reference, expected
     ("choice", {"label": 1}, "letter"), ("choice", {"label": "3", "options": [4, 3, 2]}, "letter"),
     ("choice", {"label": ["A"]} | AB, "no 'label' that is one text"),
     ("choice", {"label": "a dog", "options": ["a dog", "a dog"]}, "one option"),
+    *(("choice", {"label": c, "options": {"A": "a", "B": "b", "C": None, "D": ""}}, "of A, B, but") for c in "CD"),
     ("choice", {"label": "A", "options": "a cat, a dog"}, "'options' must be a list"),
     ("choice", {"label": "A", "options": [["a cat"]]}, "'options' must be a list"),
     *(("vqa", {"answers": a}, "several humans") for a in ("two", [], ["two"], None, [1, 2], [{"answer": 2}])),
@@ -180,6 +181,20 @@ def test_bad_questions_are_named_left_out_and_counted(some_bad, checkpoints, cap
     assert ids == [0, 2, 4]  # those of their places in the file, not among what is left
     assert scores["accuracy"] in (0, 100)  # three times the same question
     assert f"unclear {scores['unclear']}, left_out 2" in said
+
+
+def test_ranks_share_the_questions_and_give_the_same_answers(some_bad, world, checkpoints, tmp_path):
+    lines = [{"text": f"what color is {k} ?", "image": f"{4 * k}.png", "label": "red"} for k in range(5)]
+    some_bad["questions"].write_text("\n".join(map(json.dumps, [*lines, {"text": None}])))
+    flags = some_bad | {"model": checkpoints["small"], "images": world / "images", "metric": "exact",
+                        "batch": 1, "skip_bad": 1, "max_new_tokens": 6, "sample": 2}  # fmt: skip
+    alone = evaluate.main(to_argv(**flags))
+    said = launch("evaluate.py", to_argv(**flags | {"out": tmp_path / "two"}), ranks=2).stdout
+    assert json.loads((tmp_path / "two" / "scores.json").read_text()) == alone
+    assert said.count("left out: ") == said.count("small: accuracy") == 1
+    one, two = ((folder / "small.jsonl").read_text() for folder in (some_bad["out"], tmp_path / "two"))
+    assert one == two
+    assert len({json.loads(line)["text"] for line in one.splitlines()}) > 2
 
 
 def test_models_of_the_same_name_keep_their_own_answers(some_bad, checkpoints, tmp_path, monkeypatch):
