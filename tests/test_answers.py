@@ -51,7 +51,7 @@ def test_a_reference_is_read_into_one_form(tmp_path, metric, reference, expected
     ("choice", {"label": 1}, "letter"), ("choice", {"label": "3", "options": [4, 3, 2]}, "letter"),
     ("choice", {"label": ["A"]} | AB, "no 'label' that is one text"),
     ("choice", {"label": "a dog", "options": ["a dog", "a dog"]}, "one option"),
-    *(("choice", {"label": c, "options": {"A": "a", "B": "b", "C": None, "D": ""}}, "of A, B, but") for c in "CD"),
+    *(("choice", {"label": c, "options": {"A": "a", "B": 2, "C": None, "D": ""}}, "A, B, but") for c in "CD"),
     ("choice", {"label": "A", "options": "a cat, a dog"}, "'options' must be a list"),
     ("choice", {"label": "A", "options": [["a cat"]]}, "'options' must be a list"),
     *(("vqa", {"answers": a}, "several humans") for a in ("two", [], ["two"], None, [1, 2], [{"answer": 2}])),
