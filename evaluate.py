@@ -51,6 +51,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def read_question(where: str, q: object, image_root: str, metric: str) -> dict:
     """The question, checked, its `images` a list and its reference in the one form that the metric reads."""
+    if isinstance(q, InputError):  # its line is no JSON
+        raise q
     asks = isinstance(q, dict) and isinstance(q.get("text"), str)
     require(asks, f"{where} is not a question: it needs 'text' (a string)")
     whole = is_text(json.dumps(q, ensure_ascii=False))

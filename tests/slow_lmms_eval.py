@@ -82,8 +82,14 @@ def by_lmms_eval(python: str, model: Path, out: Path) -> tuple[float, list[str]]
     command = [python, "-m", "lmms_eval", "--model", "llava_hf", "--model_args", loaded, "--tasks", "toy",
                "--include_path", str(place), "--batch_size", "1", "--log_samples",
                "--output_path", str(results)]  # fmt: skip
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(out / "hf"), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True)
+    # A safe path: else it would take evaluate.py here for the package `evaluate`.
+    alone = {
+        "PYTHONSAFEPATH": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(out / "hf"),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(command, env=os.environ | alone, capture_output=True, text=True)
     require(done.returncode == 0, f"lmms-eval failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     scores, samples = (max(results.rglob(f"*{kind}")) for kind in ("results.json", "samples_toy.jsonl"))
     lines = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda line: line["doc_id"])

@@ -135,7 +135,7 @@ def test_questions_that_cannot_be_asked(world, tmp_path):
     for question, message in (
         ({"text": "\ud83d?"}, "line 1 holds half of a surrogate pair"),
         ({"category": "\ude00"}, "line 1 holds half of a surrogate pair"),
-        ({"video": "a.mp4"}, "line 1 has a 'video'"),
+        ({"video": "a.mp4"}, "line 1 has .*'video'"),
         ({"image": {"path": "0.png"}}, "must be a path"),
     ):
         with pytest.raises(InputError, match=message):
@@ -211,7 +211,7 @@ def test_a_checkpoint_without_a_chat_template(some_bad, checkpoints, tmp_path):
         saved = json.loads((tmp_path / "model" / name).read_text())
         saved.pop("chat_template", None)
         (tmp_path / "model" / name).write_text(json.dumps(saved))
-    with pytest.raises(InputError, match="model has no chat template; put"):
+    with pytest.raises(InputError, match="model has no chat template"):
         evaluate.main(to_argv(model=tmp_path / "model", skip_bad=2, **some_bad))
 
 
