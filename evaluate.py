@@ -97,12 +97,9 @@ def generate(model_path: str, questions: list[dict], args: argparse.Namespace) -
         dtype = precision(args.dtype, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
         model, processor = load_stock(model_path, dtype)
         model.to(ranks.device).eval()
-        tokenizer, template = (
-            processor.tokenizer,
-            processor.chat_template or processor.tokenizer.chat_template,
-        )
-        advice = "put that of its model family beside its tokenizer"
-        require(template, f"{model_path} has no chat template; {advice}")
+        tokenizer = processor.tokenizer
+        template = processor.chat_template or tokenizer.chat_template
+        require(template, f"{model_path} has no chat template; save one with its tokenizer")
         tokenizer.padding_side = "left"  # so that every row's answer starts at the same place
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         size = lambda i: (len(questions[i]["images"]), len(questions[i]["text"]))  # noqa: E731
@@ -117,10 +114,8 @@ def generate(model_path: str, questions: list[dict], args: argparse.Namespace) -
                 images = list(pool.map(load_image, *zip(*places))) if places else None
             prompts = []
             for q in picked:
-                content = [{"type": "image"}] * len(q["images"]) + [
-                    {"type": "text", "text": q["text"] + suffix}
-                ]
-                turn = [{"role": "user", "content": content}]
+                text = [{"type": "text", "text": q["text"] + suffix}]
+                turn = [{"role": "user", "content": [{"type": "image"}] * len(q["images"]) + text}]
                 prompts.append(processor.apply_chat_template(turn, template, add_generation_prompt=True))
             inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
             inputs = inputs.to(ranks.device, dtype)
@@ -133,9 +128,7 @@ def generate(model_path: str, questions: list[dict], args: argparse.Namespace) -
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
     args = parse_args(argv)
-    require(
-        IMAGE_TOKEN not in args.suffix, f"--suffix must not hold {IMAGE_TOKEN}: questions bring the images"
-    )
+    require(IMAGE_TOKEN not in args.suffix, f"--suffix must not hold {IMAGE_TOKEN}: questions bring images")
     metric, out = METRICS[args.metric][0], Path(args.out)
     questions, bad = read_questions(args.questions, args.images, args.metric, args.skip_bad)
     if args.metric == "hallucination":
