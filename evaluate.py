@@ -20,7 +20,8 @@ import torch
 from tqdm import tqdm
 
 from lab.pictures import draw_sample
-from support.checks import IMAGE_TOKEN, check_images, is_text, load_image, load_stock
+from support.chat import IMAGE_TOKEN, Chat, turn
+from support.checks import check_images, images_of, is_text, load_image, load_stock, without_markers
 from support.flags import InputError, add_flags, cli, natural, new_parser, positive, require
 from support.index import records
 from support.metrics import METRICS, read_vocabulary
@@ -57,14 +58,11 @@ def read_question(where: str, q: object, image_root: str, metric: str) -> dict:
     require(asks, f"{where} is not a question: it needs 'text' (a string)")
     whole = is_text(json.dumps(q, ensure_ascii=False))
     require(whole, f"{where} holds half of a surrogate pair, which is no character")
-    require("video" not in q, f"{where} has a 'video': only images can be asked about")
-    image, text = q.get("image") or q.get("images"), q["text"]
-    n_images = len(image) if isinstance(image, list) else int(image is not None)
-    images = check_images(where, image, text.count(IMAGE_TOKEN) or n_images, image_root)
+    images, text = images_of(where, q), q["text"]
+    check_images(where, images, text.count(IMAGE_TOKEN) if images else 0, image_root)
     for path in images:
         load_image(where, image_root, path)
-    while IMAGE_TOKEN in text:  # taking one out may make another: "<im<image>age>"
-        text = text.replace(IMAGE_TOKEN, "")
+    text = without_markers(text, bool(images))
     q |= {"text": text.strip(), "images": images, "where": where}
     _, field, read = METRICS[metric]
     return q | {field: read(q)} if field else q
@@ -76,12 +74,14 @@ def read_questions(path: str, image_root: str, metric: str, skip_bad: int = 0) -
     def attempt(numbered: tuple) -> dict | InputError:
         k, (where, q) = numbered
         try:
+            if isinstance(q, InputError):
+                raise q
             return {"question_id": k} | read_question(where, q, image_root, metric)
         except InputError as error:
             return error
 
     with ThreadPoolExecutor() as pool:  # every image is decoded, so that all bad ones are known beforehand
-        questions = list(pool.map(attempt, enumerate(records(path))))
+        questions = list(pool.map(attempt, enumerate(records(path, skip_bad=True))))
     bad = [q for q in questions if isinstance(q, InputError)]
     n_bad = f"{len(bad)} of {len(questions)} questions are bad, more than --skip_bad {skip_bad}"
     require(len(bad) <= skip_bad, f"{n_bad}; the first: {bad and bad[0]}")
@@ -97,9 +97,7 @@ def generate(model_path: str, questions: list[dict], args: argparse.Namespace) -
         dtype = precision(args.dtype, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
         model, processor = load_stock(model_path, dtype)
         model.to(ranks.device).eval()
-        tokenizer = processor.tokenizer
-        template = processor.chat_template or tokenizer.chat_template
-        require(template, f"{model_path} has no chat template; save one with its tokenizer")
+        chat, tokenizer = Chat(processor), processor.tokenizer
         tokenizer.padding_side = "left"  # so that every row's answer starts at the same place
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         size = lambda i: (len(questions[i]["images"]), len(questions[i]["text"]))  # noqa: E731
@@ -112,13 +110,10 @@ def generate(model_path: str, questions: list[dict], args: argparse.Namespace) -
             places = [(q["where"], args.images, path) for q in picked for path in q["images"]]
             with ThreadPoolExecutor() as pool:
                 images = list(pool.map(load_image, *zip(*places))) if places else None
-            prompts = []
-            for q in picked:
-                text = [{"type": "text", "text": q["text"] + suffix}]
-                turn = [{"role": "user", "content": [{"type": "image"}] * len(q["images"]) + text}]
-                prompts.append(processor.apply_chat_template(turn, template, add_generation_prompt=True))
-            inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
-            inputs = inputs.to(ranks.device, dtype)
+            asked = [turn("user", q["text"] + suffix, len(q["images"])) for q in picked]
+            prompts = [chat.render([question], ask=True) for question in asked]  # as in training
+            how = {"padding": True, "return_tensors": "pt", "add_special_tokens": chat.begins(prompts[0])}
+            inputs = processor(images=images, text=prompts, **how).to(ranks.device, dtype)
             tokens = model.generate(**inputs, do_sample=False, max_new_tokens=args.max_new_tokens)
             new = tokens[:, inputs["input_ids"].shape[1] :]
             answers[order[k : k + args.batch], : new.shape[1]] = new - tokenizer.pad_token_id

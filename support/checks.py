@@ -51,10 +51,8 @@ def check_sample(where: str, record: object, image_root: str, exist: bool = True
         require(in_turn, f"{at} is '{speaker}': turns go human, gpt, human, gpt, ...")
         n = text.count(IMAGE_TOKEN) if images else 0
         require(not n or role == "user", f"{at} has {IMAGE_TOKEN}, but only human turns may hold images")
-        while n and IMAGE_TOKEN in text:  # taking one out may make another: "<im<image>age>"
-            text = text.replace(IMAGE_TOKEN, "")
         n_markers += n
-        messages.append(turn(role, text.replace(IMAGE_TOKEN, "< image>").strip(), n))  # text alone: a word
+        messages.append(turn(role, without_markers(text, bool(images)).strip(), n))
     answers = [k for k, m in enumerate(messages) if m["role"] == "assistant"]
     require(answers, f"{where} has no 'gpt' turn that answers a human one: there is nothing to learn")
     unmarked = bool(images) and not n_markers
@@ -84,6 +82,13 @@ def check_pair(where: str, record: object, image_root: str, exist: bool = True) 
     same = pair[0] == pair[1]
     require(not same, f"{where}: 'chosen' and 'rejected' are the same answer; leave this record out")
     return sample._replace(conversations=pair)
+
+
+def without_markers(text: str, images: bool) -> str:
+    """The text beside images; of text alone, a form of `<image>` that no tokenizer takes for a picture."""
+    while images and IMAGE_TOKEN in text:  # taking one out may make another: "<im<image>age>"
+        text = text.replace(IMAGE_TOKEN, "")
+    return text.replace(IMAGE_TOKEN, "< image>")
 
 
 def is_text(value: str) -> bool:

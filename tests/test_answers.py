@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import launch, vision_config
+from conftest import launch, new_student, vision_config
 from PIL import Image
 from transformers import AutoProcessor, CLIPImageProcessorPil, CLIPVisionConfig, pipeline
 
@@ -239,14 +239,12 @@ def test_an_older_processor_is_completed_from_the_model(some_bad, checkpoints, t
 def test_an_older_processor_of_a_tower_with_a_class_token(parts, tmp_path):
     from transformers import CLIPVisionModel
 
-    from model import Llava
-
     sizes = {k: getattr(vision_config(), k) for k in ("image_size", "patch_size", "hidden_size")}
     CLIPVisionModel(CLIPVisionConfig(**sizes, intermediate_size=32, num_hidden_layers=3,
                                      num_attention_heads=2)).save_pretrained(tmp_path / "clip")  # fmt: skip
     square = {"height": 16, "width": 16}
     CLIPImageProcessorPil(size=square, crop_size=square).save_pretrained(tmp_path / "clip")
-    Llava.from_parts(str(tmp_path / "clip"), parts["small"]).save(tmp_path / "llava")
+    new_student(str(tmp_path / "clip"), parts["small"]).save(tmp_path / "llava")
     without_token_counts(tmp_path / "llava")
     model, processor = load_stock(str(tmp_path / "llava"), torch.float32)
     inputs = processor(images=Image.new("RGB", (16, 16)), text="<image> ?", return_tensors="pt")

@@ -297,17 +297,3 @@ def test_towers_that_cannot_be_run_layer_by_layer_are_refused(parts, tmp_path):
         tower.save_pretrained(tmp_path / kind)
         with pytest.raises(InputError, match=f"a '{kind}' vision tower; SigLIP's .* and CLIP's work"):
             new_student(str(tmp_path / kind), parts["small"])
-
-
-def test_an_older_processor_gets_what_it_lacks_from_the_config(checkpoints, tmp_path):
-    model = Llava.from_checkpoint(checkpoints["small"])
-    model.save(tmp_path)
-    path = tmp_path / "processor_config.json"
-    how = json.loads(path.read_text())
-    for key in "patch_size", "vision_feature_select_strategy":
-        del how[key]
-    path.write_text(json.dumps(how))
-    processor = Llava.from_checkpoint(str(tmp_path)).processor
-    ids = [p(text="<image>\nhi", images=Image.new("RGB", (16, 16)))["input_ids"][0]
-           for p in (processor, model.processor)]  # fmt: skip
-    assert list(ids[0]) == list(ids[1])

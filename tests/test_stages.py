@@ -160,16 +160,16 @@ def test_the_log_holds_the_losses_of_the_first_batch(chain, world, checkpoints, 
     nll, kl = [], {"l_res": [], "l_vis": [], "l_prompt": []}
     rel = []
     for sample in (data[i] for i in steps[0]):
-        ((ids, learned),) = sample["rows"]
+        ((ids, targets),) = sample["rows"]
         ids = torch.tensor([ids])
         pixels = {"pixel_values": as_floats(sample["pixels"][0])} if sample["pixels"] else {}
         with torch.no_grad():
             s, t = (m(input_ids=ids, **pixels).logits[0].double()[:, :448] for m in (student, teacher))
         p_s, p_t = s.softmax(-1), t.softmax(-1)
         rows = (p_t * (p_t / p_s).log()).sum(-1)
-        visual = [k for k in range(len(learned)) if ids[0, k] == 372]
-        for k in range(len(learned) - 1):
-            if learned[k + 1]:
+        visual = [k for k in range(len(targets)) if ids[0, k] == 372]
+        for k in range(len(targets) - 1):
+            if targets[k] != -100:
                 nll.append(-p_s[k, ids[0, k + 1]].log())
                 kl["l_res"].append(rows[k])
             elif k not in visual and k + 1 not in visual:
