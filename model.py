@@ -116,7 +116,8 @@ class Llava(nn.Module):
                  "multi_modal_projector": self.multi_modal_projector}  # fmt: skip
         if not self.config.tie_word_embeddings:
             names["language_model.lm_head"] = self.lm_head
-        weights = {f"{name}.{k}": v for name, part in names.items() for k, v in part.state_dict().items()}
+        weights = {f"{name}.{k}": v for name, part in names.items() for k, v in part.state_dict().items()
+                   if v.numel()}  # fmt: skip  # vLLM has no place for those of a shared expert of width 0
         for name in [k for k in weights if ".mlp.experts." in k]:  # stacked in memory, published one by one
             stem, kind = name.rsplit(".", 1)
             parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
