@@ -35,7 +35,8 @@ class Router(stock.Qwen2MoeTopKRouter):
         x, noise = hidden_states.reshape(-1, self.hidden_dim), None  # (N, D)
         if self.training and self.kind == "jitter":
             x = x * torch.empty_like(x).uniform_(1 - JITTER, 1 + JITTER)
-        scores = F.linear(x, self.weight)  # (N, E)
+        with torch.autocast(x.device.type, enabled=False):  # in fp32, as the published code
+            scores = F.linear(x.to(self.weight.dtype), self.weight)  # (N, E)
         if self.training and self.kind == "rsample":  # Gumbel noise: experts are sampled from r
             noise = -torch.empty_like(scores, dtype=torch.float32).exponential_().log()
         self.r, kept, self.chosen = routing(scores, self.top_k, self.norm_topk_prob, noise)
