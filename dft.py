@@ -18,7 +18,7 @@ from support.chunks import gram, over_rows
 from support.flags import add_flags, add_kd_flags, add_training_flags, cli, new_parser
 from support.ranks import process_group
 from support.run import all_finite, begin, check_samples, open_run, save_student, set_lr, write_log
-from support.state import load_state, save_state_if_due, stop_if_asked
+from support.state import load_state, make_optimizer, save_state_if_due, stop_if_asked
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         # ---- data, optimizer, and where an interrupted run was
         data = LlavaData(args, student, teacher)
         steps = schedule(data, args)
-        optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+        optimizer = make_optimizer(run, trained)
         first = load_state(run, student, optimizer)
         begin(run, student, data, len(steps), first)
 
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
                     loss, terms = loss + args.gamma * l_rel, terms | {"l_rel": l_rel}
                 (ranks.world * loss).backward()  # DDP divides by the number of ranks
                 losses.append({"loss": loss} | terms)
-            grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+            grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm or torch.inf)
             if all_finite(run, step, losses, grad_norm, micros):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=ranks.world == 1)  # DDP keeps gradients where they are

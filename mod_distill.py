@@ -29,7 +29,7 @@ from support.chunks import CHUNK, Head, over_rows
 from support.flags import add_flags, add_training_flags, cli, new_parser, positive, require, weight
 from support.ranks import process_group
 from support.run import all_finite, begin, check_samples, open_run, save_student, set_lr, write_log
-from support.state import load_state, save_state_if_due, stop_if_asked
+from support.state import load_state, make_optimizer, save_state_if_due, stop_if_asked
 
 STEPS = ("d2d", "d2s", "pd")
 MIMIC, SPARSE = ("d2d", "d2s"), ("d2s", "pd")
@@ -107,8 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         # ---- data, optimizer, and where an interrupted run was
         data = LlavaData(args, student, teacher, pairs=preference)
         steps = schedule(data, args)
-        adam = {"lr": args.lr, "weight_decay": args.weight_decay, "betas": (0.9, 0.98)}  # betas: MoD Table 10
-        optimizer = torch.optim.AdamW(trained, **adam, fused=True)
+        optimizer = make_optimizer(run, trained, betas=(0.9, 0.98))  # MoD Table 10
         first = load_state(run, student, optimizer)
         begin(run, student, data, len(steps), first)
 
@@ -170,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
                     terms |= {f"expert_{e}": share for e, share in enumerate(shares)}
                 (ranks.world * loss).backward()  # DDP divides by the number of ranks
                 logged.append({"loss": loss} | terms)
-            grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+            grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm or torch.inf)
             if all_finite(run, step, logged, grad_norm, micros):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=ranks.world == 1)  # DDP keeps gradients where they are
@@ -222,7 +221,7 @@ def preference_loss(
     ratios      (2, B)  log pi_S(y|x) / pi_T(y|x) of chosen and rejected answers
     ratio_sums  (2,)    their sums over the global batch
     """
-    n_pairs = args.global_batch - n.bad
+    n_pairs = max(args.global_batch - n.bad, 1)  # that can be read; a mean over none is 0 / 1
     weights = batch.response.any(1).chunk(2)[0] / n_pairs  # (B,), 0 for a pair whose image could not be read
     (chosen, rejected), (chosen_kl, rejected_kl) = ratios, kl_baseline(ratio_sums / n_pairs).to(ratios)
     margin = args.beta * (chosen - rejected).detach()  # of rewards beta x log-ratio

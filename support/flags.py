@@ -34,6 +34,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return kind(text)
 
+    a_number.__name__ = kind.__name__  # argparse says "invalid int value" of what is no number
     return a_number
 
 
@@ -116,10 +117,11 @@ def add_training_flags(parser: argparse.ArgumentParser, lr: float, batch: int, s
         ("--max_steps", natural, 0, "end after this many steps, 0: no limit"),
         ("--warmup", share, 0.03, "share of the steps in which the rate rises, then a cosine; as LLaVA-1.5"),
         ("--weight_decay", weight, 0.0, "AdamW's; as LLaVA-1.5"),
-        ("--max_grad_norm", weight, 1.0, "gradients are clipped to this norm; as TinyLLaVA's trainer"),
-        ("--seed", int, 0, "of the new projector and the order of samples"),
+        ("--max_grad_norm", weight, 1.0, "clip gradients to this norm, 0: off; as TinyLLaVA's trainer"),
+        ("--seed", number(int, 0, 2**63 - 1), 0, "of the new projector and the order of samples"),
         ("--dtype", ("auto", "bf16", "fp32"), "auto", "of arithmetic, weights stay fp32; auto: bf16 on CUDA"),
         ("--gradient_checkpointing", bool, False, "recompute the student's layers in the backward pass"),
+        ("--shard", ("none", "optimizer"), "none", "optimizer: each rank keeps a share of AdamW's state"),
     ])  # fmt: skip
     add_flags(parser, "the run", [
         ("--out", str, ..., "folder for the checkpoint and log.jsonl"),

@@ -2,17 +2,26 @@
 
 import atexit
 import contextlib
+import hashlib
 import multiprocessing.util  # registers its own ending first, so that ours comes before it
 import os
 import signal
 import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+
+from support.flags import require
+
+STOPPED = 75  # exit code after a signal: what was done is on the disk, the same command goes on
+PATIENCE = timedelta(hours=6)  # rank 0 may work that long while others wait: an index, a state on a slow disk
 
 
 class Ranks:
@@ -71,18 +80,21 @@ class Ranks:
 def process_group() -> Iterator[Ranks]:
     """torchrun's processes, or a group of one. Inside another `process_group`, the same group again."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    each = f"each of Slurm's {tasks} tasks would be a run of its own in the same --out; start one task a node"
+    advice = "that starts its ranks: srun --ntasks-per-node 1 torchrun --nproc_per_node GPUS SCRIPT ..."
+    require("RANK" in os.environ or int(tasks) == 1, f"{each} {advice}")
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
         torch.cuda.set_device(device)
     outermost, store = not dist.is_initialized(), dist.HashStore()  # the store of a group of one
     if outermost:
-        if (
-            "RANK" in os.environ
-        ):  # a name for each attempt: else restarted ranks find the dead ones' addresses
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = dist.PrefixStore(f"attempt {attempt}", next(rendezvous("env://"))[0])
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        if "RANK" in os.environ:
+            shared = next(rendezvous("env://", timeout=PATIENCE))[0]
+            store = dist.PrefixStore(name_of_attempt(shared, rank, world), shared)
+        options = {"timeout": PATIENCE, "device_id": device if device.type == "cuda" else None}
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, **options)
     ranks = Ranks(device)
     try:
         yield ranks
@@ -93,6 +105,25 @@ def process_group() -> Iterator[Ranks]:
         ranks.let_go()
         if outermost:
             dist.destroy_process_group()
+
+
+def name_of_attempt(store: dist.Store, rank: int, world: int) -> str:
+    """A name that all ranks of this attempt share, and no earlier attempt had.
+
+    In torchrun's store restarted ranks find what the dead ones left, also their addresses, so each attempt
+    needs keys of its own. torchrun's count of restarts is none: each node has its own. So every rank writes a
+    random word, and the name is made of them all. A name with a word of the dead is never confirmed by all:
+    the living confirm only names with their own new word.
+    """
+    confirmed = None
+    store.set(f"word {rank}", uuid.uuid4().hex)
+    while True:
+        words = store.multi_get([f"word {r}" for r in range(world)])
+        name = hashlib.sha256(b" ".join(words)).hexdigest()
+        if store.add(name, int(name != confirmed)) == world:
+            return name
+        confirmed = name
+        time.sleep(0.02)
 
 
 def ignore_signals(_: int) -> None:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from support.flags import InputError, require
-from support.ranks import Ranks
+from support.ranks import STOPPED, Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 # Flags that may change when an interrupted run goes on: they are about its speed and safety.
-FREE = "out workers micro_batch gradient_checkpointing save_every keep resume skip_bad max_bad_steps".split()
+FREE = "out workers micro_batch gradient_checkpointing shard save_every keep resume skip_bad max_bad_steps"
 
 
 @dataclass
@@ -71,7 +71,7 @@ def open_run(args: argparse.Namespace, stage: str, ranks: Ranks, script: str) ->
     at_once = args.micro_batch * ranks.world
     parts = f"multiple of --micro_batch {args.micro_batch} x {ranks.world} ranks = {at_once}"
     require(args.global_batch % at_once == 0, f"--global_batch {args.global_batch} is not a {parts}")
-    flags = {k: v for k, v in vars(args).items() if k not in FREE}
+    flags = {k: v for k, v in vars(args).items() if k not in FREE.split()}
     identity = json.loads(json.dumps({"stage": stage} | flags | {"code": code_of(script)}))
     dtype = precision(args.dtype, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
     run = Run(args, ranks, Path(args.out), identity, dtype)
@@ -199,7 +199,9 @@ def write_log(run: Run, step: int, lr: float, losses: list, grad_norm: Tensor, t
 
 
 def save_student(run: Run, student: nn.Module) -> None:
-    """Write the checkpoint into OUT, mark the run as finished and remove its training states."""
+    """Write the checkpoint into OUT, mark the run as finished and remove its training states. A signal that
+    came too late for `stop_if_asked` ends the process after that: under ckd.py more stages would follow.
+    """
     run.bar.close()
     if run.ranks.rank == 0:
         beside = run.out / ".saving"  # nobody may find half of a model
@@ -211,4 +213,6 @@ def save_student(run: Run, student: nn.Module) -> None:
         write_identity(run, seconds=round(time.perf_counter() - run.started, 1))
         shutil.rmtree(run.out / "state", ignore_errors=True)
         run.say(f"saved {run.out}" + (f"; {len(run.bad)} bad samples left out" if run.bad else ""))
-    dist.barrier()
+    if run.ranks.stop_was_asked():  # which waits until rank 0 has saved
+        run.say("stopped by a signal; the same command goes on from there")
+        raise SystemExit(STOPPED)

@@ -6,6 +6,7 @@ Weights and optimizer are in it; random numbers depend on seed, step and rank al
 """
 
 import hashlib
+import io
 import os
 import sys
 from pathlib import Path
@@ -13,13 +14,22 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from support.flags import InputError, require
-from support.ranks import Ranks
+from support.ranks import STOPPED, Ranks
 from support.run import Run
 
-STOPPED = 75  # exit code of a run that a signal has stopped: its state is saved, the same command goes on
+
+def make_optimizer(run: Run, trained: list[nn.Parameter], betas: tuple = (0.9, 0.999)) -> Optimizer:
+    """AdamW; with --shard optimizer every rank keeps the moments of its share of the weights alone."""
+    options = {"lr": run.args.lr, "weight_decay": run.args.weight_decay, "betas": betas}
+    if run.args.shard == "none":
+        return AdamW(trained, **options, fused=True)
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second to import
+
+    fused = run.ranks.device.type != "cuda"  # inside it, the fused one may fail to load (pytorch #124133)
+    return ZeroRedundancyOptimizer(trained, AdamW, **options, fused=fused)
 
 
 def load_state(run: Run, student: nn.Module, optimizer: Optimizer) -> int:
@@ -27,14 +37,19 @@ def load_state(run: Run, student: nn.Module, optimizer: Optimizer) -> int:
     path = None if run.args.resume is False else newest_sound(run.out / "state", run.ranks)
     if path is None:
         return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    # Mapped, all ranks of a machine share one copy in memory, and each reads only what it keeps.
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
     same = trained.keys() == state["parameters"].keys()
     require(same, "the training state is of another model: take another --out or delete this one")
     with torch.no_grad():
         for name, p in trained.items():
             p.copy_(state["parameters"][name])
+    for saved, group in zip(state["optimizer"]["param_groups"], optimizer.param_groups):
+        saved["fused"] = group["fused"]  # this run's: device and --shard may have changed
     optimizer.load_state_dict(state["optimizer"])
+    if run.args.shard == "optimizer":
+        optimizer.state.clear()  # a second copy: it works with optimizer.optim.state
     run.bad, run.n_bad_steps = set(state["bad"]), state["n_bad_steps"]
     return state["step"]
 
@@ -58,16 +73,18 @@ def save_state(run: Run, done: int, student: nn.Module, optimizer: Optimizer) ->
     """Write the state after `done` steps, on rank 0, and remove all but the newest --keep."""
     folder, beside = run.out / "state", run.out / "state" / ".writing"
     trained = {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
-    state = {"step": done, "parameters": trained, "optimizer": optimizer.state_dict(), "bad": sorted(run.bad),
-             "n_bad_steps": run.n_bad_steps}  # fmt: skip
+    if run.args.shard == "optimizer":
+        optimizer.consolidate_state_dict()  # on rank 0: what is saved is a plain AdamW's
     try:
         if run.ranks.rank == 0:
+            state = {"step": done, "parameters": trained, "optimizer": optimizer.state_dict(),
+                     "bad": sorted(run.bad), "n_bad_steps": run.n_bad_steps}  # fmt: skip
             folder.mkdir(parents=True, exist_ok=True)
-            with open(beside, "wb") as file:
+            with Hashing(beside) as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(beside, folder / f"step-{done:08d}.{digest(beside)}.pt")
+            os.replace(beside, folder / f"step-{done:08d}.{file.sha256.hexdigest()}.pt")
             for old in states(folder)[run.args.keep :]:
                 old.unlink()
     except (OSError, RuntimeError) as error:  # torch.save wraps some of the system's errors
@@ -75,6 +92,18 @@ def save_state(run: Run, done: int, student: nn.Module, optimizer: Optimizer) ->
         left = "".join(f"; the last good one, {p.name[:13]}, is untouched" for p in states(folder)[:1])
         raise InputError(f"cannot write the state of step {done} to {folder}: {error}{left}") from None
     dist.barrier()
+
+
+class Hashing(io.BufferedWriter):
+    """A new file, and the hash of what is written to it: a large state need not be read again for it."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path, "w"))
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return super().write(data)
 
 
 def states(folder: Path) -> list[Path]:
