@@ -1,15 +1,25 @@
 """Many ranks: the same numbers however a batch is split, no hang at the end, no memory held twice."""
 
 import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, data_flags, launch, log_of
 from safetensors.torch import load_file
 from test_mod import pairs  # noqa: F401
 from two_ranks import fp64
 
 import mod_distill
+from support.flags import InputError
+from support.ranks import name_of_attempt, process_group
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +87,74 @@ def test_a_sharded_optimizer_holds_its_share(two):
     assert one + other == whole
     assert 0.3 * whole < one < 0.7 * whole
     assert no_copy == 0
+
+
+# ---------------------------------------------------------------------------------- attempts
+
+
+def test_all_ranks_of_an_attempt_agree_on_its_name_whatever_the_dead_ones_left():
+    """Two attempts on one store, begun one rank after the other; between them one that never was complete."""
+    store, names = dist.HashStore(), ([], [])
+    for attempt in names:
+        join = lambda rank, into=attempt: into.append(name_of_attempt(store, rank, 3))  # noqa: E731
+        alive = [threading.Thread(target=join, args=(rank,), daemon=True) for rank in (2, 0, 1)]
+        for thread in alive:
+            assert not attempt  # without all of them there is no attempt
+            thread.start()
+            time.sleep(0.1)  # so that the early ones meet the words of the dead
+        for thread in alive:
+            thread.join(timeout=10)
+        store.set("word 1", "of one that died before the others came")
+    assert [len(attempt) for attempt in names] == [3, 3]
+    assert [len(set(attempt)) for attempt in names] == [1, 1]
+    assert names[0] != names[1]
+
+
+NODES = """
+import os, signal, sys
+import torch
+from support.ranks import process_group
+first = not os.path.exists(sys.argv[1])
+with process_group() as ranks:
+    ranks.sum(torch.ones(1))
+    if first and ranks.rank == 1:
+        open(sys.argv[1], "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if first:
+        signal.pause()  # this node's ranks are well: it does not count a restart
+    print("sum", ranks.sum(torch.ones(1)).item(), "restarts", os.environ["TORCHELASTIC_RESTART_COUNT"])
+"""
+
+
+def test_two_nodes_meet_again_after_one_has_lost_a_rank(tmp_path):
+    """Each has its own count of restarts, and they must not wait for each other for ever."""
+    (tmp_path / "script.py").write_text(NODES)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        end = f"127.0.0.1:{s.getsockname()[1]}"
+    options = {"nnodes": 2, "rdzv_backend": "c10d", "rdzv_endpoint": end, "rdzv_id": 1, "max_restarts": 2,
+               "monitor_interval": 0.2, "local_addr": "127.0.0.1"}  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1"]
+    command += [item for k, v in options.items() for item in (f"--{k}", str(v))]
+    command += [str(tmp_path / "script.py"), str(tmp_path / "died")]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    nodes = [subprocess.Popen(command, env=env, **pipe) for _ in range(2)]
+    try:
+        said = "".join(node.communicate(timeout=60)[0] for node in nodes)
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert sorted(re.findall("sum 2.0 restarts (.)", said)) == ["0", "1"]
+
+
+def test_slurm_without_torchrun_is_refused(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(InputError, match="each of Slurm's 8 tasks .* srun --ntasks-per-node 1 torchrun"):
+        with process_group():
+            pass
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    with process_group() as ranks:
+        assert ranks.world == 1

@@ -122,7 +122,7 @@ def shard(root, argv, **_) -> list:
                     crash.setattr(sft, "write_log", dies)
                     sft.main([*flags, name.split()[0]])
             sft.main([*flags, name.split()[1]])
-    size = lambda o: sum(m.nbytes for s in o.state.values() for m in s.values() if m.dim())  # noqa: E731
+    size = lambda o: sum(m.nbytes for s in o.state.values() for m in (s or {}).values() if m.dim())  # noqa: E731
     return [size(held["none none"]), size(held["optimizer optimizer"].optim), size(held["none optimizer"])]
 
 
