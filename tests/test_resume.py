@@ -14,8 +14,11 @@ import pytest
 import torch
 from conftest import ROOT, data_flags, launch, log_of
 from safetensors.torch import load_file
+from test_ckd import cascade_flags, stages_of
 
+import ckd
 import dft
+import dpt
 import mod_distill
 import sft
 from support import run as support_run
@@ -72,7 +75,7 @@ def stop_at(monkeypatch, step: int, how: callable) -> None:
             how(run)
         return support_run.write_log(run, at, *args)
 
-    for stage in dft, sft, mod_distill:
+    for stage in dpt, dft, sft, mod_distill:
         monkeypatch.setattr(stage, "write_log", interrupted)
 
 
@@ -117,6 +120,32 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     assert same_weights(whole / "one", tmp_path / "out")
     same_log(whole / "one", tmp_path / "out")
     assert signal.getsignal(number) is before
+
+
+def test_a_signal_in_the_last_step_waits_until_the_student_is_saved(
+    whole, flags, checkpoints, tmp_path, monkeypatch, capsys
+):
+    argv = [*command(checkpoints), *flags(tmp_path / "out")]
+    run_in_two(dft.main, argv, monkeypatch, STEPS - 1, how=lambda run: os.kill(os.getpid(), signal.SIGTERM))
+    said = capsys.readouterr().out
+    assert "stopped by a signal; the same command goes on from there" in said
+    assert "this run is finished already" in said
+    assert same_weights(whole / "one", tmp_path / "out")
+
+
+def test_a_signal_in_the_last_step_of_a_stage_stops_the_cascade(
+    world, parts, checkpoints, tmp_path, monkeypatch
+):
+    """The stage is saved, and the next one waits for the same command."""
+    argv = cascade_flags(world, parts, tmp_path, checkpoints["large"], max_steps=1)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 0, lambda run: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit) as error:
+            ckd.main(argv)
+    assert error.value.code == state.STOPPED
+    assert stages_of(tmp_path) == ["1-large/dpt"]
+    ckd.main(argv)
+    assert stages_of(tmp_path) == ["1-large/dpt", "1-large/sft", "1-large/dft"]
 
 
 def test_with_data_processes_it_ends_the_same(whole, flags, checkpoints, tmp_path, monkeypatch):
@@ -369,16 +398,31 @@ def test_two_nodes(whole, flags, checkpoints, tmp_path):
     assert same_weights(whole / "two", tmp_path / "out")
 
 
-def test_sigterm_to_torchrun_stops_all_ranks_with_a_state(whole, flags, checkpoints, tmp_path):
-    argv = ["dft.py", *command(checkpoints), *flags(tmp_path / "out", micro_batch=2, save_every=0)]
-    process = start(argv, monitor_interval=0.2)
+SLOW_DISK = """
+import time, torch
+import dft
+save = torch.save
+torch.save = lambda state, file: (time.sleep(4), save(state, file))
+dft.main()
+"""
+
+
+def test_sigterm_to_torchrun_stops_all_ranks_with_a_state(whole, flags, checkpoints, tmp_path, monkeypatch):
+    """Also where writing takes longer than torchrun's patience, which --shutdown-timeout lengthens."""
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1")  # in place of torchrun's 30 seconds
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "slow.py").write_text(SLOW_DISK)
+    argv = [*command(checkpoints), *flags(tmp_path / "out", micro_batch=2, save_every=0)]
+    more = {"monitor_interval": 0.2, "shutdown-timeout": 60}
+    process = start([str(tmp_path / "slow.py"), *argv], **more)
     log = tmp_path / "out" / "log.jsonl"
     wait_for(lambda: log.exists() and log.read_text().count("\n") >= 1, process)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode != 0
     assert len(state.states(tmp_path / "out" / "state")) == 1
-    launch("dft.py", argv[1:], ranks=2)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["seconds"] is None
+    launch("dft.py", argv, ranks=2)
     assert same_weights(whole / "two", tmp_path / "out")
 
 
