@@ -213,8 +213,7 @@ def complete(path: str, kind: type, dtype: torch.dtype = torch.float32, **option
     """`kind.from_pretrained(path)`, or an InputError if any weight is missing there and would be random."""
     options |= {"dtype": dtype, "output_loading_info": True, "use_safetensors": True}  # others can hold code
     model, report = kind.from_pretrained(path, **options)
-    weights = model.state_dict()
-    missing = [k for k in report["missing_keys"] if weights[k].numel()]  # nothing is lost of an empty one
+    missing = [k for k in report["missing_keys"] if model.state_dict()[k].numel()]  # an empty one may be
     lost = sorted(map(str, [*missing, *report["mismatched_keys"]]))
     require(not lost, f"{path} lacks {len(lost)} of the model's weights, the first is {lost[:1]}")
     return model

@@ -2,13 +2,11 @@
 
 import atexit
 import contextlib
-import hashlib
 import multiprocessing.util  # registers its own ending first, so that ours comes before it
 import os
 import signal
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
@@ -81,9 +79,8 @@ def process_group() -> Iterator[Ranks]:
     """torchrun's processes, or a group of one. Inside another `process_group`, the same group again."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     tasks = os.environ.get("SLURM_NTASKS", "1")
-    each = f"each of Slurm's {tasks} tasks would be a run of its own in the same --out; start one task a node"
-    advice = "that starts its ranks: srun --ntasks-per-node 1 torchrun --nproc_per_node GPUS SCRIPT ..."
-    require("RANK" in os.environ or int(tasks) == 1, f"{each} {advice}")
+    each = f"each of Slurm's {tasks} tasks would be a run of its own, all in one --out; start one a node:"
+    require("RANK" in os.environ or int(tasks) == 1, f"{each} srun --ntasks-per-node 1 torchrun ...")
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
@@ -111,15 +108,13 @@ def name_of_attempt(store: dist.Store, rank: int, world: int) -> str:
     """A name that all ranks of this attempt share, and no earlier attempt had.
 
     In torchrun's store restarted ranks find what the dead ones left, also their addresses, so each attempt
-    needs keys of its own. torchrun's count of restarts is none: each node has its own. So every rank writes a
-    random word, and the name is made of them all. A name with a word of the dead is never confirmed by all:
-    the living confirm only names with their own new word.
+    needs a prefix of its own. (torchrun's count of restarts is none: every node has its own.) So each rank
+    writes a random word, and the name is all of them. With a word of the dead in it, not all can confirm it.
     """
     confirmed = None
-    store.set(f"word {rank}", uuid.uuid4().hex)
+    store.set(f"word {rank}", os.urandom(4).hex())
     while True:
-        words = store.multi_get([f"word {r}" for r in range(world)])
-        name = hashlib.sha256(b" ".join(words)).hexdigest()
+        name = b" ".join(store.multi_get([f"word {r}" for r in range(world)])).decode()
         if store.add(name, int(name != confirmed)) == world:
             return name
         confirmed = name

@@ -199,9 +199,7 @@ def write_log(run: Run, step: int, lr: float, losses: list, grad_norm: Tensor, t
 
 
 def save_student(run: Run, student: nn.Module) -> None:
-    """Write the checkpoint into OUT, mark the run as finished and remove its training states. A signal that
-    came too late for `stop_if_asked` ends the process after that: under ckd.py more stages would follow.
-    """
+    """Write the checkpoint into OUT, mark the run as finished, remove its states. Then heed a late signal."""
     run.bar.close()
     if run.ranks.rank == 0:
         beside = run.out / ".saving"  # nobody may find half of a model
@@ -213,6 +211,6 @@ def save_student(run: Run, student: nn.Module) -> None:
         write_identity(run, seconds=round(time.perf_counter() - run.started, 1))
         shutil.rmtree(run.out / "state", ignore_errors=True)
         run.say(f"saved {run.out}" + (f"; {len(run.bad)} bad samples left out" if run.bad else ""))
-    if run.ranks.stop_was_asked():  # which waits until rank 0 has saved
+    if run.ranks.stop_was_asked():  # in the last step or since; more stages may follow
         run.say("stopped by a signal; the same command goes on from there")
         raise SystemExit(STOPPED)

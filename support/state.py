@@ -26,10 +26,10 @@ def make_optimizer(run: Run, trained: list[nn.Parameter], betas: tuple = (0.9, 0
     options = {"lr": run.args.lr, "weight_decay": run.args.weight_decay, "betas": betas}
     if run.args.shard == "none":
         return AdamW(trained, **options, fused=True)
-    from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second to import
+    from torch.distributed.optim import ZeroRedundancyOptimizer as Sharded  # takes a second to import
 
-    fused = run.ranks.device.type != "cuda"  # inside it, the fused one may fail to load (pytorch #124133)
-    return ZeroRedundancyOptimizer(trained, AdamW, **options, fused=fused)
+    # Inside it, the fused AdamW may fail to load its state on CUDA (pytorch #124133).
+    return Sharded(trained, AdamW, **options, fused=run.ranks.device.type != "cuda")
 
 
 def load_state(run: Run, student: nn.Module, optimizer: Optimizer) -> int:
@@ -37,8 +37,7 @@ def load_state(run: Run, student: nn.Module, optimizer: Optimizer) -> int:
     path = None if run.args.resume is False else newest_sound(run.out / "state", run.ranks)
     if path is None:
         return 0
-    # Mapped, all ranks of a machine share one copy in memory, and each reads only what it keeps.
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # not a copy for each rank
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
     same = trained.keys() == state["parameters"].keys()
     require(same, "the training state is of another model: take another --out or delete this one")
