@@ -28,6 +28,7 @@ class Router(stock.Qwen2MoeTopKRouter):
 
     kind = "topk"
     real: Tensor | None = None  # (N,) of the coming batch: True at tokens, False at padding
+    keeps: bool = True  # whether r is kept: not in a checkpoint's second pass, which it would keep alive
     r: Tensor  # (N, E), the routing values of the last batch
     chosen: Tensor  # (N, k), and the experts
 
@@ -39,8 +40,9 @@ class Router(stock.Qwen2MoeTopKRouter):
             scores = F.linear(x.to(self.weight.dtype), self.weight)  # (N, E)
         if self.training and self.kind == "rsample":  # Gumbel noise: experts are sampled from r
             noise = -torch.empty_like(scores, dtype=torch.float32).exponential_().log()
-        self.r, kept, self.chosen = routing(scores, self.top_k, self.norm_topk_prob, noise)
-        chosen = self.chosen
+        r, kept, chosen = routing(scores, self.top_k, self.norm_topk_prob, noise)
+        if self.keeps:
+            self.r, self.chosen = r, chosen
         if self.real is not None:  # to the experts, number E means none of them
             chosen = chosen.masked_fill(~self.real.unsqueeze(1), self.num_experts)
             kept = kept * self.real.unsqueeze(1)
@@ -116,9 +118,10 @@ def parts(student: Llava, kind: type) -> list[nn.Module]:
 
 
 def route(student: Llava, attention_mask: Tensor | None) -> None:
-    """Tell all routers which positions of the coming batch (B, T) are tokens."""
+    """Tell all routers that a batch (B, T) comes, and which of its positions are tokens."""
     for router in parts(student, Router):
         router.real = None if attention_mask is None else attention_mask.flatten().bool()
+        router.keeps = True
 
 
 def expert_load(student: Llava) -> Tensor:
@@ -131,5 +134,8 @@ def balance(student: Llava, load: Tensor, n_tokens: float) -> Tensor:
     """The last batch's share of the balance loss, averaged over sparse layers; load (sparse layers, E) holds
     the experts' shares f_i of the tokens in the global batch, which has n_tokens.
     """
-    losses = [balance_loss(m.r, f, m.real / n_tokens) for m, f in zip(parts(student, Router), load.float())]
+    losses = []
+    for router, f in zip(parts(student, Router), load.float()):
+        losses.append(balance_loss(router.r, f, router.real / n_tokens))
+        router.keeps = False
     return torch.stack(losses).mean()

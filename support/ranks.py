@@ -85,6 +85,7 @@ def process_group() -> Iterator[Ranks]:
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
         torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums over V stay fp32
     outermost, store = not dist.is_initialized(), dist.HashStore()  # the store of a group of one
     if outermost:
         if "RANK" in os.environ:

@@ -47,8 +47,9 @@ class Run:
             tqdm.write(message, file=file)
 
     def autocast(self) -> torch.autocast:
-        on = self.dtype == torch.bfloat16
-        return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=on)
+        kind, on = self.ranks.device.type, self.dtype == torch.bfloat16
+        # Without its cache: that would keep bf16 copies of all weights, also of layers computed again later.
+        return torch.autocast(kind, dtype=torch.bfloat16, enabled=on, cache_enabled=False)
 
 
 def precision(name: str, auto: torch.dtype) -> torch.dtype:

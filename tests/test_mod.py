@@ -465,3 +465,20 @@ def test_bad_command_lines_stop_before_training(chain, world, checkpoints, tmp_p
         mod_distill.main(argv)
     assert message in str(error.value) + capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_routers_do_not_keep_what_a_checkpoint_computes_again(checkpoints):
+    """The second forward pass, in the backward pass, leaves the first one's routing values alone."""
+    model, ids, mask, z = diverse(checkpoints["small"])
+    model.train().language_model.activation_checkpointing_enable({"use_reentrant": False})
+    moe.route(model, mask)
+    h, calls = model(ids, z), []
+    kept = [router.r for router in moe.parts(model, moe.Router)]
+    for router in moe.parts(model, moe.Router):
+        router.register_forward_hook(lambda *_: calls.append(1))
+    load = moe.expert_load(model).double()
+    loss = h.square().mean() + moe.balance(model, load / load.sum(1, keepdim=True), mask.sum().item())
+    loss.backward()
+    assert len(calls) == len(kept) == 2
+    assert all(router.r is r for router, r in zip(moe.parts(model, moe.Router), kept))
+    assert all(router.weight.grad.abs().sum() > 0 for router in moe.parts(model, moe.Router))
