@@ -165,7 +165,7 @@ def test_teacher_and_student_must_write_alike(checkpoints, tmp_path):
         student.check_teacher(teacher)
 
 
-def published(folder, parts, width=32, template=CHATML) -> str:
+def published(folder, parts, width=32, vocab=152_000, template=CHATML) -> str:
     """A stand-in for a published checkpoint, of stock transformers alone: ChatML, layer -1, bf16 shards, a
     padded vocabulary and `<image>` at the next free id.
     """
@@ -174,7 +174,7 @@ def published(folder, parts, width=32, template=CHATML) -> str:
 
     processor = processor_of(template)
     image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    text = text_config(width=width, vocab=1520, tied=False)
+    text = text_config(width=width, vocab=vocab, tied=False)
     select = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "image_seq_length": NP}
     config = LlavaConfig(
         vision_config=vision_config(), text_config=text, image_token_index=image_id, **select
