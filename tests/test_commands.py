@@ -16,7 +16,7 @@ torchrun() { printf '%s\x1f' torchrun "$@"; printf '\x1e'; }
 python() { printf '%s\x1f' python "$@"; printf '\x1e'; }
 srun() { "$@"; }
 docker() { while [ "$1" != torchrun ]; do shift; done; "$@"; }
-scontrol() { :; }; head() { echo FIRST; }
+scontrol() { :; }; pip() { :; }; vllm() { :; }; head() { echo FIRST; }
 SLURM_JOB_ID=7
 """
 
@@ -47,6 +47,9 @@ def test_a_command_is_read_by_its_script(words):
         told = get_args_parser().parse_args(words)
         words = [told.training_script, *told.training_script_args]
     script, *flags = words[1:] if words[0] == "-m" else words
+    if script == "lmms_eval":
+        pytest.skip("another project's")
+    script = "lab.look" if script == "data.py" else script
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     if module is ckd:
         for stage, argv in ckd.plan(*ckd.parse_args(flags)):
