@@ -106,10 +106,16 @@ def test_relation_against_a_slow_loop():
 
 
 def test_relation_does_not_overflow_in_fp32():
-    y_s, y_t = torch.randn(1, 6, 4) * 1e9, torch.randn(1, 6, 4) * 1e-9
-    wide, narrow = (relation_loss(self_correlation(a), self_correlation(b)) for a, b in
-                    ((y_s, y_t), (y_s.double(), y_t.double())))  # fmt: skip
-    assert wide.item() == pytest.approx(narrow.item(), rel=1e-4)
+    """Entries of 1e24 and 1e-24: their squares are neither, nor are those that the gradient meets."""
+    y_s, y_t = torch.randn(1, 6, 4) * 1e12, torch.randn(1, 6, 4) * 1e-12
+    got, want = [], []
+    for dtype, values in (torch.float32, got), (torch.float64, want):
+        a, b = (y.to(dtype).requires_grad_() for y in (y_s, y_t))
+        for columns in False, True:
+            loss = relation_loss(self_correlation(a), self_correlation(b), columns=columns)
+            grads = torch.autograd.grad(loss, (a, b))
+            values += [loss.view(1), grads[0].flatten() * 1e12, grads[1].flatten() * 1e-12]
+    assert torch.allclose(torch.cat(got).double(), torch.cat(want), rtol=1e-3, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------- gradients
