@@ -79,9 +79,9 @@ def watch():
             seen.ids.append(inputs[0])
 
     def after(module, inputs, output):
-        if of_language(module) and module.training:
+        if of_language(module) and module.training and torch.is_grad_enabled():
             seen.attention.append(output[0].dtype)
-        elif of_language(module):
+        elif of_language(module) and not module.training:
             seen.teacher.add(module.q_proj.weight.dtype)
 
     def update(optimizer, *_):

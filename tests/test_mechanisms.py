@@ -1,6 +1,7 @@
 """What distillation silently depends on: which ids, pixels, layers, samples take part, and their order."""
 
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -13,7 +14,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import evaluate
 import mod_distill
-from data import schedule
+import sft
+from data import LlavaData, schedule
 from model import Llava
 from support.flags import InputError
 
@@ -112,6 +114,16 @@ def test_batches_and_their_order_are_shuffled(checkpoints, tmp_path):
     assert sum(a != b for a, b in zip(sees, sees[1:])) > 8  # not first the ones, then the others
     mixed = schedule(data, SimpleNamespace(**args, group_by_modality=False))
     assert sum(len({i < 64 for i in batch}) == 2 for batch in mixed) > 16
+
+
+def test_data_processes_prepare_the_samples(world, checkpoints, tmp_path, monkeypatch):
+    get, seen = LlavaData.__getitem__, tmp_path / "processes"
+    seen.mkdir()
+    monkeypatch.setattr(LlavaData, "__getitem__", lambda *a: (seen / f"{os.getpid()}").touch() or get(*a))
+    for n in 0, 2:
+        flags = data_flags(world, out=tmp_path / str(n), max_steps=1, workers=n, micro_batch=4)
+        sft.main(["--student", checkpoints["small"], *flags])
+        assert len({path.name for path in seen.iterdir()} - {str(os.getpid())}) == n
 
 
 @pytest.mark.parametrize("po", ["kto", "dpo"])
