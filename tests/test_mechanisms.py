@@ -12,6 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+import dft
+import dpt
 import evaluate
 import mod_distill
 import sft
@@ -19,13 +21,20 @@ from data import LlavaData, schedule
 from model import Llava
 from support.flags import InputError
 
+STAGES = {  # the script, its flags, and what its log calls the KL of the answers
+    "dpt": (dpt, ["--no-caption_only"], "l_res"),
+    "dft": (dft, [], "l_res"),
+    "d2d": (mod_distill, ["--step", "d2d"], "l_kl"),
+}
 
-def mimic(world, out, student, teacher, **more):
-    """One step of L_D2D, the KL alone, on all samples at once; its log line."""
-    mod_distill.main(["--step", "d2d", "--student", str(student), "--teacher", str(teacher),
-                      *data_flags(world, out=out, global_batch=24, micro_batch=24, **more)])  # fmt: skip
+
+def kl_of(stage, world, out, student, teacher) -> float:
+    """The KL of the answers in one step on all samples at once."""
+    script, words, term = STAGES[stage]
+    script.main(["--student", str(student), "--teacher", str(teacher), *words,
+                 *data_flags(world, out=out, global_batch=24, micro_batch=24)])  # fmt: skip
     (line,) = log_of(out)
-    return line
+    return line[term]
 
 
 def kl_by_hand(world, student, teacher) -> float:
@@ -46,8 +55,8 @@ def kl_by_hand(world, student, teacher) -> float:
 def test_ids_that_only_the_student_has_take_no_part(world, checkpoints, tmp_path):
     """The KL is over the 448 ids of both heads: the student's other 64 get no gradient but rounding."""
     student, teacher = checkpoints["large"], checkpoints["small"]
-    line = mimic(world, tmp_path / "out", student, teacher)
-    assert line["l_kl"] == pytest.approx(kl_by_hand(world, student, teacher), rel=1e-4)
+    kl = kl_of("d2d", world, tmp_path / "out", student, teacher)  # whose loss is this alone
+    assert kl == pytest.approx(kl_by_hand(world, student, teacher), rel=1e-4)
     name = "language_model.lm_head.weight"
     before, after = (load_file(f"{path}/model.safetensors")[name] for path in (student, tmp_path / "out"))
     assert len(before) == 512
@@ -56,22 +65,27 @@ def test_ids_that_only_the_student_has_take_no_part(world, checkpoints, tmp_path
     assert moved[448:].max() < 0.1
 
 
-@pytest.mark.parametrize("what", ["pixels", "layer", "nothing"])
-def test_a_teacher_sees_by_its_own_tower_unless_both_see_alike(world, checkpoints, tmp_path, what):
+@pytest.fixture(scope="module")
+def alike(world, checkpoints) -> float:
+    """The KL to a teacher that sees as the student does."""
+    return kl_by_hand(world, checkpoints["small"], checkpoints["large"])
+
+
+@pytest.mark.parametrize("what, stage", [("pixels", s) for s in STAGES] + [("layer", "dft"), ("same", "dft")])
+def test_a_teacher_sees_by_its_own_tower_unless_both_see_alike(
+    world, checkpoints, alike, tmp_path, what, stage
+):
     """The towers' weights are the same: how an image is prepared and which layer is read decide."""
-    teacher = Llava.from_checkpoint(checkpoints["large"])
+    student, teacher = checkpoints["small"], Llava.from_checkpoint(checkpoints["large"])
     if what == "pixels":
         teacher.processor.image_processor.image_mean = [0.9, 0.1, 0.4]
     if what == "layer":
         teacher.config.vision_feature_layer = 1
     teacher.save(tmp_path / "teacher")
-    line = mimic(world, tmp_path / "out", checkpoints["small"], tmp_path / "teacher")
-    assert line["l_kl"] == pytest.approx(
-        kl_by_hand(world, checkpoints["small"], tmp_path / "teacher"), rel=1e-4
-    )
-    if what != "nothing":
-        shared = kl_by_hand(world, checkpoints["small"], checkpoints["large"])
-        assert line["l_kl"] != pytest.approx(shared, rel=1e-3)
+    kl = kl_of(stage, world, tmp_path / "out", student, tmp_path / "teacher")
+    assert kl == pytest.approx(kl_by_hand(world, student, tmp_path / "teacher"), rel=1e-4)
+    if what != "same":
+        assert kl != pytest.approx(alike, rel=1e-3)
 
 
 def test_a_teacher_whose_image_is_another_id_is_refused(world, checkpoints, tmp_path):
@@ -79,7 +93,7 @@ def test_a_teacher_whose_image_is_another_id_is_refused(world, checkpoints, tmp_
     teacher.config.image_token_index = 99
     teacher.save(tmp_path / "teacher")
     with pytest.raises(InputError, match="<image>") as error:
-        mimic(world, tmp_path / "out", checkpoints["small"], tmp_path / "teacher")
+        kl_of("dft", world, tmp_path / "out", checkpoints["small"], tmp_path / "teacher")
     assert "99" in str(error.value)
     assert "372" in str(error.value)
 
