@@ -74,8 +74,6 @@ def read_questions(path: str, image_root: str, metric: str, skip_bad: int = 0) -
     def attempt(numbered: tuple) -> dict | InputError:
         k, (where, q) = numbered
         try:
-            if isinstance(q, InputError):
-                raise q
             return {"question_id": k} | read_question(where, q, image_root, metric)
         except InputError as error:
             return error

@@ -265,3 +265,12 @@ def test_the_pipeline_of_transformers_answers(checkpoints, world):
     ]
     (answer,) = ask(text=[{"role": "user", "content": content}], max_new_tokens=6, return_full_text=False)
     assert answer["generated_text"].strip() == expected != ""
+
+
+def test_a_line_that_is_no_json(tmp_path):
+    good = json.dumps({"text": "?", "label": "a"})
+    (tmp_path / "q.jsonl").write_text(f"{good}\n{good[:-3]}\n{good}")
+    with pytest.raises(InputError, match="1 of 3 .*line 2 is not valid JSON"):
+        evaluate.read_questions(str(tmp_path / "q.jsonl"), ".", "exact")
+    good, bad = evaluate.read_questions(str(tmp_path / "q.jsonl"), ".", "exact", 1)
+    assert ([q["question_id"] for q in good], len(bad)) == ([0, 2], 1)

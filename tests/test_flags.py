@@ -28,14 +28,14 @@ SHARED = {
     "max_grad_norm": 1.0, "group_by_modality": True,  # LLaVA-1.5 and the trainer that it uses
     "images": ".", "max_steps": 0, "seed": 0, "dtype": "auto", "micro_batch": 4, "workers": 4,
     "gradient_checkpointing": False, "skip_bad": 0, "save_every": 1000, "keep": 2, "resume": None,
-    "max_bad_steps": 0,
+    "max_bad_steps": 0, "shard": "none",
 }  # fmt: skip
 KD = {  # §4.1
     "alpha": 1.0, "beta": 1.0, "gamma": 0.5, "relation": "matrix", "targets": ["response", "visual"],
     "delta": 1.0, "teacher_dtype": "auto",
 }  # fmt: skip
 CKD = KD | {"gamma": 1.0, "relation": "columns"}  # §4.1 and Eq. (6)
-NEW = {"vision": None, "llm": None, "student": None}
+NEW = {"vision": None, "llm": None, "student": None, "template": "teacher"}
 PRETRAIN = {"lr": 1e-3, "global_batch": 256}  # KD §4.1: 32 on each of 8 GPUs; CKD §4.1
 FINETUNE = {"lr": 2e-5, "global_batch": 128}  # KD §4.1: 16 on each of 8 GPUs; CKD §4.1; MoD Table 10
 MOD = {  # Eqs. (6) and (7), §4.1, released code

@@ -44,9 +44,10 @@ def kl_by_hand(world, student, teacher) -> float:
         data = open_data(world / "train.json", world / "images", AutoProcessor.from_pretrained(path))
         batch = data.collate([data[i] for i in range(24)])
         stock = LlavaForConditionalGeneration.from_pretrained(path)
+        pixels = Llava.from_checkpoint(str(path)).normalise(batch.pixel_values)
         with torch.no_grad():
             logits = stock(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
-                           pixel_values=batch.pixel_values).logits  # fmt: skip
+                           pixel_values=pixels).logits  # fmt: skip
         log_p.append(logits[batch.response][:, :448].double().log_softmax(-1))
     log_s, log_t = log_p
     return (log_t.exp() * (log_t - log_s)).sum(-1).mean().item()
