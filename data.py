@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import runpy
 from argparse import Namespace
 from collections import namedtuple
 from collections.abc import Iterator
@@ -217,3 +218,7 @@ def micro_batches(data: LlavaData, steps: list, first: int, run: Run) -> Iterato
     ))  # fmt: skip
     for step in range(first, len(steps)):
         yield step, [next(loader) for _ in range(0, run.args.global_batch, size * ranks.world)]
+
+
+if __name__ == "__main__":  # not imported: what this file imports counts as the code of every stage
+    runpy.run_module("lab.look", run_name="__main__")

@@ -1,0 +1,137 @@
+"""Looking at a data set: what is found and named, the exit code, and the colours of tokens."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import NP, ROOT, launch, turns
+from PIL import Image
+
+from lab import look
+from support.run import code_of
+
+ASK = "<image>\nhow many circle ?"
+
+
+@pytest.fixture
+def seen(tmp_path, checkpoints, capsys):
+    """Look at these samples; the exit code and what is printed. There are images 0.png to 3.png."""
+    for k in range(4):
+        Image.new("RGB", (20, 30)).save(tmp_path / f"{k}.png")
+
+    def look_at(samples: list | str, *flags: str) -> tuple[int, str]:
+        text = samples if isinstance(samples, str) else json.dumps(samples)
+        (tmp_path / "data.json").write_text(text)
+        argv = [str(tmp_path / "data.json"), "--images", str(tmp_path), "--model", checkpoints["small"]]
+        return look.main([*argv, *flags]), capsys.readouterr().out.replace(f"{tmp_path}/", "")
+
+    return look_at
+
+
+def count(printed: str, label: str) -> int:
+    return int(re.search(rf"^  {re.escape(label)} +([\d,]+)", printed, re.M).group(1))
+
+
+def painted(printed: str) -> list[list[tuple[str, str]]]:
+    """Of every sample that is shown: (what reads the rows, text) of its runs of tokens."""
+    names = {code: name.split(":")[0] for code, name in look.READERS.values()}
+    lines = [re.findall("\033\\[([\\d;]+)m(.*?)\033\\[0m", line) for line in printed.splitlines()]
+    return [[(names[code], text) for code, text in line] for line in lines if line][1:]  # without the legend
+
+
+def test_a_sound_file_is_fit_and_its_samples_are_counted_by_kind(seen):
+    samples = [{"image": f"{k}.png", "conversations": turns(ASK, "two")} for k in range(3)]
+    samples += [{"image": ["0.png", "3.png"], "conversations": turns(f"<image> {ASK}", "two")}]
+    samples += [{"conversations": turns("how many ?", "two", "is there a square ?", "no")}]
+    code, printed = seen(samples)
+    assert code == 0
+    assert printed.splitlines()[-1].startswith("fit to train on: the images of 5 samples were read")
+    assert [count(printed, label) for label in look.KINDS] == [1, 3, 1]
+    assert not any(count(printed, label) for label in look.BAD + look.ODD)
+    answers = printed[printed.index("\n  answers") : printed.index("\n  tokens")]
+    assert re.findall(r"^  (\d+) +(\d+)", answers, re.M) == [("1", "4"), ("2", "1")]
+
+
+def test_all_that_is_wrong_is_named_and_the_last_line_says_what(seen, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    sound = {"image": "0.png", "conversations": turns(ASK, "two")}
+    samples = [sound, {"id": 7}, sound | {"image": "none.png"}, sound | {"image": "broken.png"}]
+    code, printed = seen(samples)
+    assert code == 1
+    assert printed.splitlines()[-1] == "not fit to train on: 1 malformed, 1 missing image, 1 broken image"
+    assert "    data.json sample 1 has no 'conversations' list of turns" in printed
+    assert "    data.json sample 2 (id None): image none.png does not exist" in printed
+    assert "    data.json sample 3 (id None): image broken.png cannot be read" in printed
+    code, printed = seen([sound, sound | {"image": "broken.png"}], "--decode", "0")
+    assert code == 0
+    assert "fit to train on: the images of 0 samples were read" in printed
+
+
+def test_what_is_odd_is_named_and_trained_on_all_the_same(seen):
+    samples = [
+        {"image": "0.png", "conversations": turns("how many circle ?", "two")},
+        {"image": "1.png", "conversations": turns(ASK, " ")},
+        {"image": "2.png", "conversations": turns(ASK, "two")},
+        {"image": "2.png", "conversations": turns(ASK, "two"), "id": "\033[31m again"},
+        {"image": "2.png", "conversations": turns(f"{ASK} {'red ' * 40}", "two")},
+        {"image": "2.png", "conversations": turns(ASK, "red " * 40)},
+    ]
+    code, printed = seen(samples, "--max_len", "30")
+    assert code == 0
+    assert {label: count(printed, label) for label in look.ODD} == dict.fromkeys(look.ODD, 1)
+    assert r"sample 3 (id \x1b[31m again) is the same as data.json sample 2 (id None)" in printed
+    assert f"tokens, {NP} for an image; 33.3% over --max_len 30" in printed  # the two long ones of six
+
+
+def test_at_most_ten_are_named(seen):
+    sound = {"conversations": turns("how many ?", "two")}
+    code, printed = seen([sound] + [{"id": k} for k in range(12)])
+    assert code == 1
+    assert count(printed, "malformed") == 12
+    assert printed.count("has no 'conversations'") == 10
+
+
+@pytest.mark.parametrize("text, why", [("[", "is not valid JSON"), ("[{}]", "no sample that can be used")])
+def test_a_file_without_a_sample_is_not_fit(seen, text, why):
+    code, printed = seen(text)
+    assert code == 1
+    assert printed.startswith("not fit to train on: data.json") and why in printed
+
+
+def test_tokens_are_coloured_by_the_rows_that_predict_the_next_one(seen):
+    long = [{"image": "0.png", "conversations": turns(ASK, "two", "why ?", "it's\nso")}]
+    _, printed = seen(long, "--show", "1")
+    assert painted(printed) == [[
+        ("prompt", "USER:"), ("nothing", " "), ("visual", f"<image> x {NP}"),
+        ("prompt", r"\nhow many circle ? ASSISTANT"), ("response", ": two"),
+        ("prompt", "<|endoftext|>USER: why ? ASSISTANT"), ("response", r": it's\nso"),
+        ("nothing", "<|endoftext|>"),
+    ]]  # fmt: skip
+    _, printed = seen(long, "--show", "1", "--caption_only")
+    visual = [
+        ("visual", f"<image> x {NP - 1}"),
+        ("both", "<image> x 1"),
+    ]  # its last token's row predicts text
+    assert painted(printed)[0][:2] == visual
+
+
+def test_pairs_are_known_by_their_keys_and_both_answers_shown(seen):
+    pair = {"image": "0.png", "question": ASK, "chosen": "two", "rejected": "a circle"}
+    code, printed = seen([pair, pair | {"image": "1.png"}], "--show", "1")
+    assert code == 0
+    assert "data.json: 2 preference pairs" in printed
+    said = [[text for reader, text in line if reader == "response"] for line in painted(printed)]
+    assert said == [[": two"], [": a circle"]]
+
+
+def test_a_part_is_spread_evenly():
+    assert look.spread(10, 4) == [0, 3, 6, 9]
+    assert look.spread(3, 10) == [0, 1, 2]
+    assert look.spread(10, 0) == []
+
+
+def test_data_py_looks_and_no_stage_depends_on_how(world, checkpoints):
+    argv = [str(world / "train.json"), "--images", str(world / "images"), "--model", checkpoints["small"]]
+    assert launch("data.py", argv).stdout.splitlines()[-1].startswith("fit to train on")
+    assert not [file for file in code_of(Path(ROOT, "sft.py")) if file.startswith("lab")]
