@@ -19,7 +19,8 @@ from support.checks import check_images, load_image
 from support.flags import InputError, add_flags, cli, natural, new_parser, positive
 from support.index import records
 
-KINDS, BAD = ("text alone", "one image", "several images"), ("malformed", "missing image", "broken image")
+KINDS = ("text alone", "one image", "several images")
+BAD = ("malformed", "missing image", "broken image", "cannot be encoded")  # they would stop a run
 ODD = ("images but no <image>", "empty answer", "duplicate", "left out by --max_len")
 # What reads a row, by response + 2 * visual + 4 * prompt: its colour in a terminal and its name.
 READERS = {1: ("30;42", "response: Eqs. 1, 2"), 2: ("97;44", "visual: Eqs. 3-5"), 3: ("30;46", "both"),
@@ -61,8 +62,10 @@ def survey(data: LlavaData, encode: Encoder, near: set[int]) -> tuple[dict[str, 
             trouble = "broken image"
             for path in images if i in near else ():
                 load_image(name, data.image_root, path)
+            trouble = "cannot be encoded"
+            tokens += [max(len(encode(c, data.pairs)[0]) for c in conversations)] if i in near else []
         except InputError as error:
-            found[trouble].append(str(error))
+            found[trouble].append(f"{name}: {str(error).removeprefix(name + ': ')}")
         said = [m["content"][-1]["text"] for c in conversations for m in c if m["role"] == "assistant"]
         twin = first.setdefault(hash(repr((conversations, images))), i)
         so = data.index.sizes[i, 5], not all(said), twin != i, i not in usable
@@ -70,8 +73,6 @@ def survey(data: LlavaData, encode: Encoder, near: set[int]) -> tuple[dict[str, 
             same = f" is the same as {data.sample(twin)[0]}" if label == "duplicate" else ""
             found[label].append(name + same)
         answers.append(len(said) // len(conversations))
-        if i in near:
-            tokens.append(max(len(encode(c, last_only=data.pairs)[0]) for c in conversations))
     return found, answers, tokens
 
 
@@ -126,9 +127,8 @@ def main(argv: list[str] | None = None) -> int:
     bars("answers", answers)
     if tokens:
         long = sum(length > args.max_len for length in tokens) / len(tokens)
-        bars(
-            f"tokens, {model.n_visual_tokens} for an image; {long:.1%} over --max_len {args.max_len}", tokens
-        )
+        size = f"an image has {model.n_visual_tokens}"
+        bars(f"tokens; {size}, {long:.1%} of the samples more than --max_len {args.max_len}", tokens)
     if args.show:
         print(LEGEND, *(coloured(f" {name} ", reader) for reader, (_, name) in READERS.items()))
     for k in spread(len(data), args.show):

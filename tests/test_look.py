@@ -9,6 +9,7 @@ from conftest import NP, ROOT, launch, turns
 from PIL import Image
 
 from lab import look
+from support.flags import InputError
 from support.run import code_of
 
 ASK = "<image>\nhow many circle ?"
@@ -68,6 +69,17 @@ def test_all_that_is_wrong_is_named_and_the_last_line_says_what(seen, tmp_path):
     assert "fit to train on: the images of 0 samples were read" in printed
 
 
+def test_a_conversation_that_the_tokenizer_cannot_write(seen, monkeypatch):
+    def joins(encoder, messages, last_only=False):
+        raise InputError("the tokenizer joins an answer with the text beside it")
+
+    monkeypatch.setattr(look.Encoder, "__call__", joins)
+    code, printed = seen([{"conversations": turns("how many ?", "two")}])
+    assert code == 1
+    assert "    data.json sample 0 (id None): the tokenizer joins an answer" in printed
+    assert printed.splitlines()[-1] == "not fit to train on: 1 cannot be encoded"
+
+
 def test_what_is_odd_is_named_and_trained_on_all_the_same(seen):
     samples = [
         {"image": "0.png", "conversations": turns("how many circle ?", "two")},
@@ -81,7 +93,7 @@ def test_what_is_odd_is_named_and_trained_on_all_the_same(seen):
     assert code == 0
     assert {label: count(printed, label) for label in look.ODD} == dict.fromkeys(look.ODD, 1)
     assert r"sample 3 (id \x1b[31m again) is the same as data.json sample 2 (id None)" in printed
-    assert f"tokens, {NP} for an image; 33.3% over --max_len 30" in printed  # the two long ones of six
+    assert f"an image has {NP}, 33.3% of the samples more than --max_len 30" in printed  # the two long ones
 
 
 def test_at_most_ten_are_named(seen):
