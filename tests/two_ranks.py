@@ -78,7 +78,7 @@ def memory(root, **_) -> int:
     """How much a resume has taken when the whole state is there."""
     with process_group() as ranks:
         args = SimpleNamespace(resume=None, keep=2, shard="none", lr=0.1, weight_decay=0.0)
-        run = SimpleNamespace(args=args, ranks=ranks, out=root / "memory", n_bad=0, n_bad_steps=0)
+        run = SimpleNamespace(args=args, ranks=ranks, out=root / "memory", bad=set(), n_bad_steps=0)
         student = nn.Linear(2560, 4096)  # 42 MB, and a state of 126
         optimizer = state.make_optimizer(run, list(student.parameters()))
         student.weight.grad, student.bias.grad = torch.ones(4096, 2560), torch.ones(4096)
