@@ -40,23 +40,21 @@ def kills(n: int, root: Path) -> None:
              "--micro_batch", "4", "--max_steps", "60", "--epochs", "20", "--save_every", "3"]  # fmt: skip
     command = lambda out: [sys.executable, "dpt.py", *flags, "--out", str(root / out)]  # noqa: E731
     quiet = {"cwd": ROOT, "env": ENV, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    begun = time.time()
     subprocess.run(command("whole"), check=True, **quiet)
-    usual = time.time() - begun
     want, rng, killed, runs = load_file(root / "whole/model.safetensors"), random.Random(0), 0, 0
+    log = root / "killed/log.jsonl"
+    steps = lambda: log.read_text().count("\n") if log.exists() else 0  # noqa: E731
     while killed < n:
         for attempt in range(5):
-            process = subprocess.Popen(command("killed"), **quiet)
-            if attempt == 4:
-                process.wait()
+            process, last = subprocess.Popen(command("killed"), **quiet), steps() + rng.randrange(1, 20)
+            while process.poll() is None and (attempt == 4 or steps() < last):
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.1))  # somewhere in a step, or in the writing of a state
+            if process.poll() is not None:
                 break
-            try:
-                process.wait(timeout=usual * rng.uniform(0.6, 1.05))
-                break
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                killed += 1
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            killed += 1
         assert process.returncode == 0
         got = load_file(root / "killed/model.safetensors")
         assert got.keys() == want.keys()
