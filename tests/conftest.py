@@ -25,7 +25,7 @@ from transformers import (
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tests-")  # of indexes; for the tests' processes too
 ROOT = Path(__file__).parent.parent
 NP = 4  # visual tokens of the tests' tower: 16 x 16 pixels in patches of 8
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # for models this small, two are slower and, on a busy machine, ten times
 
 
 def vision_config() -> SiglipVisionConfig:
