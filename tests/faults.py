@@ -1,4 +1,4 @@
-"""The long fault tests, whose numbers stand in the README's reliability table.
+"""The long fault tests, whose numbers stand in docs/reliability.md.
 
 python tests/faults.py kills --n 50      SIGKILL at random moments of toy runs; all must end bit-identical
 python tests/faults.py million           a 1,000,000-sample data file: seconds and memory, 2 ranks x 2 workers
