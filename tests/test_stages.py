@@ -32,7 +32,8 @@ def same_losses(a, b) -> None:
     assert len(a) == len(b) > 0
     for x, y in zip(a, b):
         for name in ("loss", *sorted(x.keys() - {"tokens_per_s", "loss", "grad_norm"}), "grad_norm"):
-            assert x[name] == pytest.approx(y[name], rel=1e-5, abs=1e-9), (x["step"], name)
+            # The margin of preferences is what is left of sums that cancel: fp32 has it to 1e-6 of those.
+            assert x[name] == pytest.approx(y[name], rel=1e-5, abs=2e-6), (x["step"], name)
 
 
 @pytest.fixture(scope="module")
