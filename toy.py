@@ -1,13 +1,12 @@
-"""The lab: the papers' methods from nothing to scored students on two CPU cores, with no download.
+"""The papers' methods in a toy world: from nothing to scored students on two CPU cores, without a download.
 
-    python toy.py                 draw the world, train the teacher, distil and score students, write a report
-    python toy.py --method mod    LLaVA-MoD's steps; its rows join the report that is there
-    python toy.py --method ckd    LLaVA-CKD's cascade, likewise
-    python toy.py --seeds 3       the same with three students per method
+    python toy.py                 draw the world, train a teacher, distil and score students, write a report
+    python toy.py --method mod    the same for LLaVA-MoD; its rows join the report that is there
+    python toy.py --method ckd    the same for LLaVA-CKD
+    python toy.py --seeds 3       train every student three times, from three random starts
 
-The world and the pre-trained parts are those of lab/world.py. The stages are the real ones, called through
-their command lines: what runs here is what runs on 8 GPUs. A second call reuses what is finished and
-was made by the same code.
+The stages are the real ones, called by their command lines. A second call keeps what is finished and was made
+by the same code.
 """
 
 from __future__ import annotations
@@ -70,9 +69,7 @@ class Lab:
             shutil.rmtree(out, ignore_errors=True)
         flags |= SETTINGS | {"data": self.world / f"{data}.json", "images": self.world / "images", "out": out}
         flags |= {"lr": lr, "max_steps": steps, "global_batch": BATCH, "seed": seed}
-        if (
-            script is dpt
-        ):  # the tiny language models know "describe" as a question: captions are answers to it
+        if script is dpt:  # the tiny language models know "describe" as a question, which captions answer
             flags["caption_only"] = False
         script.main(to_argv(**flags))
         return str(out)
@@ -133,9 +130,7 @@ def kd(lab: Lab, seeds: int) -> None:
     pt, teacher = teacher_of(lab)
     lab.score("Teacher", 0, 4000, [pt, teacher])
     for seed in range(seeds):
-        for scenes, few in (400, "_few"), (4000, ""):
-            if scenes == 4000 and seed > 0:
-                continue
+        for scenes, few in ((400, "_few"), (4000, ""))[: 2 if seed == 0 else 1]:
             at, captions, questions = f"seed{seed}/{scenes}", f"pretrain{few}", f"finetune{few}"
             pt = lab.stage(dpt, f"{at}/pt", captions, PT, seed, **SMALL)
             ft = lab.stage(sft, f"{at}/pt-sft", questions, FT, seed, student=pt)
@@ -211,9 +206,11 @@ METHODS = {"kd": kd, "mod": mod, "ckd": cascade}
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
-    add_flags(parser, "lab", [("--method", tuple(METHODS), "kd", "whose steps to run"),
-                              ("--out", str, "out/toy", "folder for everything"),
-                              ("--seeds", positive, 1, "students per method")])  # fmt: skip
+    add_flags(parser, "the experiment", [
+        ("--method", tuple(METHODS), "kd", "the paper: LLaVA-KD, LLaVA-MoD (mod) or LLaVA-CKD (ckd)"),
+        ("--out", str, "out/toy", "folder for the world, all runs and the report"),
+        ("--seeds", positive, 1, "how often each student is trained, each time from another random start"),
+    ])  # fmt: skip
     return parser.parse_args(argv)
 
 

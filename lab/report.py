@@ -1,152 +1,130 @@
-"""The lab's report: one table of all methods that were run, what it says, loss curves, answers to look at."""
+"""The runs of any stage in one picture, from their logs; and the toy world's report.
+
+python -m lab.report out/sft out/dft           draws every number that log.jsonl holds, run against run
+python -m lab.report out --picture all.png     all runs that lie anywhere in `out`
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 
 import evaluate
+from support.flags import add_flags, cli, new_parser, require
 from support.metrics import exact_match, hallucination, read_vocabulary
 
-# Every row there can be, in the table's order, and its colour.
-COLORS = {
-    "Teacher": "#6b7280", "PT+SFT": "#93c5fd", "PT+SFT+SFT": "#2563eb", "DPT+SFT+DFT": "#ea580c",
-    "CKD's assistant": "#9ca3af", "KD by the assistant": "#fdba74", "KD by the teacher": "#fb923c",
-    "KD by the teacher, twice": "#f97316", "CKD, top-down": "#f59e0b", "CKD, bottom-up": "#b45309",
-    "MoD's teacher": "#6b7280", "D2D": "#a7f3d0", "D2D+D2D, dense": "#6ee7b7", "SFT+SFT, sparse": "#93c5fd",
-    "D2D+D2S, E4T1": "#34d399", "D2D+D2S": "#059669", "D2D+D2S+DPO": "#c084fc", "D2D+D2S+KTO": "#7c3aed",
-}  # fmt: skip
-# (scenes, method, baseline, field, what the papers say of it)
-COMPARISONS = [
-    (400, "DPT+SFT+DFT", "PT+SFT", "accuracy", "KD Table 2"),
-    (400, "DPT+SFT+DFT", "PT+SFT+SFT", "accuracy", "KD Table 2, at equal time"),
-    (4000, "DPT+SFT+DFT", "PT+SFT", "accuracy", "KD Table 2"),
-    (4000, "DPT+SFT+DFT", "PT+SFT+SFT", "accuracy", "KD Table 2, at equal time"),
-    (400, "CKD, bottom-up", "CKD, top-down", "accuracy", "CKD Table 3"),
-    (400, "CKD, bottom-up", "KD by the teacher", "accuracy", "CKD Table 1"),
-    (400, "CKD, bottom-up", "KD by the teacher, twice", "accuracy", "CKD Table 1, at equal training"),
-    (400, "CKD, bottom-up", "KD by the assistant", "accuracy", "CKD, what the second teacher adds"),
-    (400, "D2D+D2S", "SFT+SFT, sparse", "accuracy", "MoD Table 5: KD against SFT"),
-    (400, "D2D+D2S, E4T1", "D2D+D2D, dense", "accuracy", "MoD Table 8: sparse against dense"),
-    (400, "D2D+D2S+KTO", "D2D+D2S", "response_rate", "MoD Table 4: preference distillation"),
-    (400, "D2D+D2S+KTO", "D2D+D2S", "mention_rate", "MoD Table 4: preference distillation"),
-    (400, "D2D+D2S+KTO", "D2D+D2S", "accuracy", "MoD Table 3: preference distillation"),
-    (400, "D2D+D2S+KTO", "D2D+D2S+DPO", "response_rate", "MoD Table 16: KTO against DPO"),
-]
+# ---------------------------------------------------------------------------------- the logs of any runs
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def find_logs(folders: Iterable[str]) -> dict[str, list[dict]]:
+    """The lines of every log.jsonl in the folders and below them, by the name of the run."""
+    logs = {}
+    for folder in folders:
+        found = sorted(Path(folder).rglob("log.jsonl"))
+        require(found, f"there is no log.jsonl in {folder} or below it: give the --out of a stage")
+        for path in found:
+            lines = path.read_text().splitlines()
+            try:
+                logs[str(path.parent)] = [json.loads(line) for line in lines]
+            except ValueError:
+                require(False, f"{path} holds a line that is no JSON: a run that goes on cuts it off")
+    return {name: log for name, log in logs.items() if log}
 
 
-def is_teacher(method: str) -> bool:
-    return method in ("Teacher", "MoD's teacher", "CKD's assistant")
-
-
-def groups(rows: list[dict]) -> dict[tuple[str, int], list[dict]]:
-    """Rows of one method on one number of scenes, the seeds together; in the order of COLORS."""
-    keys = sorted({(list(COLORS).index(r["method"]), r["scenes"]) for r in rows})
-    named = [(list(COLORS)[m], n) for m, n in keys]
-    return {key: [r for r in rows if (r["method"], r["scenes"]) == key] for key in named}
-
-
-def table(rows: list[dict]) -> str:
-    kinds = list(rows[0]["by_category"])
-    said = {"response_rate": "lies, answers", "mention_rate": "lies, objects", "recall": "recall"}
-    head = ["method", "scenes", "accuracy", *kinds, *said.values(), "steps", "seconds"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for (method, scenes), group in groups(rows).items():
-        accuracy = f"**{mean([r['accuracy'] for r in group]):.1f}**"
-        if len(group) > 1:
-            accuracy += " (" + ", ".join(f"{r['accuracy']:.1f}" for r in group) + ")"
-        cells = [method, f"{scenes:,}", accuracy]
-        cells += [f"{mean([r['by_category'][k] for r in group]):.0f}" for k in kinds]
-        cells += [f"{mean([r[k] for r in group]):.1f}" if k in group[0] else "" for k in said]
-        cells += [str(group[0]["steps"]), f"{mean([r['seconds'] for r in group]):.0f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def verdicts(rows: list[dict]) -> list[str]:
-    """How methods compare, seed by seed, one sentence each, with what the papers compare so."""
-    names = {
-        "accuracy": "accuracy",
-        "response_rate": "answers with a lie",
-        "mention_rate": "objects that are lies",
-    }
-    by_key, lines = groups(rows), []
-    for scenes, method, baseline, field, claim in COMPARISONS:
-        a, b = (by_key.get((m, scenes), []) for m in (method, baseline))
-        if not a or not b:
-            continue
-        theirs = {r["seed"]: r[field] for r in b}
-        gaps = [r[field] - theirs[r["seed"]] for r in a if r["seed"] in theirs]
-        won = sum(gap > 0 if field == "accuracy" else gap < 0 for gap in gaps)
-        lines.append(f"{claim}: {method} is {mean(gaps):+.1f} points in {names[field]} against {baseline} on "
-                     f"{scenes:,} scenes (better in {won} of {len(gaps)} seeds).")  # fmt: skip
-    return lines
-
-
-# ---------------------------------------------------------------------------------- pictures
-
-
-def draw_curves(rows: list[dict], path: Path) -> None:
-    """Losses over the steps of all stages, and held-out accuracies."""
+def draw_runs(logs: dict[str, list[dict]], path: Path) -> None:
+    """A panel for each number in the logs, a line for each run; a panel of its own for a run's experts."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    shown = groups(rows)
-    size = (12, max(4.4, 0.32 * len(shown) + 1))
-    figure, (left, right) = plt.subplots(1, 2, figsize=size)
-    for row in rows:
-        if row["seed"] == 0 and row["scenes"] == 400 and row["method"] in CURVES:
-            logs = [json.loads(line) for stage in row["stages"] for line in open(f"{stage}/log.jsonl")]
-            nll = [next(line[k] for k in ("l_pt", "l_reg", "l_ar", "loss") if k in line) for line in logs]
-            smooth = [mean(nll[max(0, k - 20) : k + 1]) for k in range(len(nll))]
-            left.plot(smooth, label=row["method"], color=COLORS[row["method"]], linewidth=1.4)
-    title = "Eq. (1) while training on 400 scenes, all stages"
-    left.set(title=title, xlabel="step", ylabel="nats per token", yscale="log")
-    left.legend(frameon=False)
-    names = [m if is_teacher(m) else f"{m}, {n:,} scenes" for m, n in shown]
-    heights = [mean([r["accuracy"] for r in g]) for g in shown.values()]
-    bars = right.barh(range(len(shown)), heights, color=[COLORS[m] for m, _ in shown])
-    right.bar_label(bars, fmt="%.1f", label_type="center", color="white")
-    for k, group in enumerate(shown.values()):
-        right.plot([r["accuracy"] for r in group], [k] * len(group), ".", color="black", markersize=5)
-    right.set_yticks(range(len(shown)), names, fontsize=8)
-    right.invert_yaxis()
-    right.set(title="accuracy on questions about 1,000 held-out scenes, %", xlim=(0, 100))
-    for axis in left, right:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    names = dict.fromkeys(name for log in logs.values() for name in log[0] if not name.startswith("expert_"))
+    last = [name for name in ("grad_norm", "lr", "tokens_per_s") if name in names]
+    panels = [name for name in names if name not in (*last, "step")] + last
+    sparse = [run for run, log in logs.items() if "expert_0" in log[0]]
+    n = len(panels) + len(sparse)
+    columns, n_rows = min(4, n), -(-n // 4)
+    figure, axes = plt.subplots(n_rows, columns, figsize=(4.2 * columns, 2.9 * n_rows), squeeze=False,
+                                layout="constrained")  # fmt: skip
+    for axis in axes.flat[n:]:
+        axis.axis("off")
+    for axis, name in zip(axes.flat, panels):
+        for k, (run, log) in enumerate(logs.items()):
+            draw_line(axis, log, name, color=f"C{k % 10}", label=run)
+        positive = name not in last[1:] and axis.get_lines() and axis.dataLim.ymin > 0
+        axis.set(title=name, xlabel="step", yscale="log" if positive else "linear")
+    for axis, run in zip(axes.flat[len(panels) :], sparse):
+        for name in (name for name in logs[run][0] if name.startswith("expert_")):
+            draw_line(axis, logs[run], name, label=name)
+        axis.set(title=f"share of the tokens, {run}", xlabel="step", ylim=(0, None))
+        axis.legend(frameon=False, fontsize=7)
+    lines = axes.flat[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=min(3, len(logs)), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-CURVES = ("PT+SFT+SFT", "DPT+SFT+DFT", "D2D+D2S", "SFT+SFT, sparse")
-ANSWERS = ("Teacher", "PT+SFT", *CURVES)
+def draw_line(axis, log: list[dict], name: str, **style: object) -> None:
+    """A number over the steps: as it was, pale, and its mean over the last fiftieth of the run."""
+    points = [(line["step"], line[name]) for line in log if line.get(name) is not None]
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    n = max(1, len(values) // 50)
+    smooth = [mean(values[max(0, k - n + 1) : k + 1]) for k in range(len(values))]
+    (line,) = axis.plot(steps, smooth, linewidth=1.4, marker="." if len(steps) == 1 else None, **style)
+    axis.plot(steps, values, linewidth=0.6, alpha=0.25, color=line.get_color())
 
 
-def draw_answers(
-    rows: list[dict], out: Path, world: Path, folder: str, questions: list[dict], name: str, right: Callable
-) -> None:
-    """Eight questions with what the models answered."""
-    answers = {}
-    for row in rows:
-        file = (
-            out / folder / Path(row["stages"][-1]).relative_to(out) / f"{Path(row['stages'][-1]).name}.jsonl"
-        )
-        wanted = row["method"] in ANSWERS if folder == "eval" else "response_rate" in row
-        if row["seed"] == 0 and (is_teacher(row["method"]) or row["scenes"] == 400) and wanted:
-            answers[row["method"]] = [json.loads(line)["text"] for line in file.read_text().splitlines()]
-    if answers:
-        evaluate.draw_sample(out / name, questions[:8], answers, str(world / "images"), right)
+def mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
 
 
-# ---------------------------------------------------------------------------------- the report
+# ---------------------------------------------------------------------------------- the toy world's report
+
+# Every row that there can be, in the table's order, and what it is compared with at equal training.
+ROWS = {
+    "Teacher": None, "PT+SFT": None, "PT+SFT+SFT": "PT+SFT", "DPT+SFT+DFT": "PT+SFT+SFT",
+    "CKD's assistant": None, "KD by the assistant": None, "KD by the teacher": "KD by the assistant",
+    "KD by the teacher, twice": "KD by the teacher", "CKD, top-down": "KD by the teacher, twice",
+    "CKD, bottom-up": "CKD, top-down", "MoD's teacher": None, "D2D": None, "D2D+D2D, dense": "D2D",
+    "SFT+SFT, sparse": None, "D2D+D2S, E4T1": "D2D+D2D, dense", "D2D+D2S": "SFT+SFT, sparse",
+    "D2D+D2S+DPO": "D2D+D2S", "D2D+D2S+KTO": "D2D+D2S",
+}  # fmt: skip
+LIES = {"response_rate": "lies, answers", "mention_rate": "lies, objects", "recall": "recall"}
+LEGEND = """\
+Accuracy in percent on held-out scenes: the mean over the seeds of the student's training, and each seed's.
+Gain: points over another method on the same scenes and seeds, and in how many seeds it was the better one.
+Steps and seconds are those of all stages of a method together. Lies: descriptions that name an object that is
+not there, and the share of such among the objects named; recall: the share of the scene's objects named.
+Teachers saw 4,000 scenes in every row."""
+# The pictures show these methods, on so many scenes: a file of questions, its reference, whose answers, name.
+DRAWN = {"Teacher": 4000, "MoD's teacher": 4000, "PT+SFT": 400, "PT+SFT+SFT": 400, "DPT+SFT+DFT": 400,
+         "SFT+SFT, sparse": 400, "D2D+D2S": 400, "D2D+D2S+DPO": 400, "D2D+D2S+KTO": 400}  # fmt: skip
+PICTURES = [("questions", "label", "eval", exact_match, "sample.png"),
+            ("describe", "objects", "hallucination", hallucination, "descriptions.png")]  # fmt: skip
+
+
+def table(rows: list[dict]) -> str:
+    """A line for each method and number of scenes, the seeds together; gains are over the same seeds."""
+    kinds, lines = list(rows[0]["by_category"]), []
+    head = ["method", "scenes", "accuracy", "gain", *kinds, *LIES.values(), "steps", "seconds"]
+    by_key: dict[tuple, dict] = {}
+    for row in sorted(rows, key=lambda r: (list(ROWS).index(r["method"]), r["scenes"])):
+        by_key.setdefault((row["method"], row["scenes"]), {})[row["seed"]] = row
+    for (method, scenes), seeds in by_key.items():
+        group, base = list(seeds.values()), by_key.get((ROWS[method], scenes), {})
+        gains = [row["accuracy"] - base[s]["accuracy"] for s, row in seeds.items() if s in base]
+        accuracy = f"**{mean(r['accuracy'] for r in group):.1f}**"
+        if len(group) > 1:
+            accuracy += " (" + ", ".join(f"{r['accuracy']:.1f}" for r in group) + ")"
+        better = f"on {ROWS[method]}, {sum(gain > 0 for gain in gains)} of {len(gains)}"
+        cells = [method, f"{scenes:,}", accuracy, f"{mean(gains):+.1f} {better}" if gains else ""]
+        cells += [f"{mean(r['by_category'][k] for r in group):.0f}" for k in kinds]
+        cells += [f"{mean(r[k] for r in group):.1f}" if k in group[0] else "" for k in LIES]
+        lines.append([*cells, str(group[0]["steps"]), f"{mean(r['seconds'] for r in group):.0f}"])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))
 
 
 def write_report(out: Path, world: Path, new: list[dict]) -> str:
@@ -155,33 +133,39 @@ def write_report(out: Path, world: Path, new: list[dict]) -> str:
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     rows = [r for r in old if key(r) not in map(key, new)] + new
     path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    draw_curves(rows, out / "curves.png")
-    for folder, file, kind, name, metric in (
-        ("eval", "questions", "exact", "sample.png", exact_match),
-        ("hallucination", "describe", "hallucination", "descriptions.png", hallucination),
-    ):
-        questions, _ = evaluate.read_questions(world / f"{file}.jsonl", str(world / "images"), kind)
-        if kind == "hallucination":
+    shown = [r for r in rows if r["seed"] == 0 and r["scenes"] == DRAWN.get(r["method"])]
+    logs = find_logs(dict.fromkeys(stage for r in shown for stage in r["stages"]))
+    draw_runs({run.removeprefix(f"{out}/"): log for run, log in logs.items()}, out / "curves.png")
+    for file, field, folder, metric, picture in PICTURES:
+        questions = evaluate.read_questions(world / f"{file}.jsonl", str(world / "images"), field)
+        answers = {}
+        if field == "objects":
             read_vocabulary(questions, None)
-        draw_answers(rows, out, world, folder, questions, name, metric)
-    said = "\n".join(f"- {line}" for line in verdicts(rows))
-    described = "\n![descriptions by every model](descriptions.png)\n" * (out / "descriptions.png").exists()
-    (out / "report.md").write_text(f"""# The toy world
+        for row in shown:
+            stage = Path(row["stages"][-1])
+            said = out / folder / stage.relative_to(out) / f"{stage.name}.jsonl"
+            if said.exists():
+                answers[row["method"]] = [json.loads(line)["text"] for line in said.read_text().splitlines()]
+        if answers:
+            evaluate.draw_sample(out / picture, questions[:8], answers, str(world / "images"), metric)
+    pictures = [f"![{p.stem}]({p.name})" for p in sorted(out.glob("*.png"))]
+    parts = ["# The toy world", table(rows), LEGEND, *pictures]
+    (out / "report.md").write_text("\n\n".join(parts) + "\n")
+    return table(rows)
 
-{table(rows)}
 
-Accuracy in percent on held-out scenes, the mean over seeds and each seed's; steps and seconds are those of
-all stages of a method together. PT+SFT+SFT is the control for training time: its last stage is longer, by
-what the teacher costs the method. Lies: descriptions that name an object that is not there, and the share
-of such among the objects named; recall: the share of the scene's objects that are named.
+def main(argv: list[str] | None = None) -> None:
+    parser = new_parser(__doc__)
+    parser.add_argument(
+        "out", nargs="+", help="folders of runs, as given to --out; or folders that hold some"
+    )
+    add_flags(parser, "the picture", [("--picture", str, "out/report.png", "where to draw it")])
+    args = parser.parse_args(argv)
+    logs = find_logs(args.out)
+    require(logs, "none of these runs has done a step yet: their log.jsonl are empty")
+    draw_runs(logs, Path(args.picture))
+    print(f"{len(logs)} run(s) drawn: {args.picture}")
 
-{said}
 
-Teachers saw 4,000 scenes in every row. On 400 scenes one can teach the student what it knows of others; on
-4,000 both saw the same, and the student is merely smaller.
-
-![losses and accuracies](curves.png)
-
-![questions with the answers of every model](sample.png)
-{described}""")
-    return table(rows) + "\n\n" + said
+if __name__ == "__main__":
+    cli(main)

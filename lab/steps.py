@@ -1,9 +1,8 @@
-"""Whole steps for lab/bench.py, each in a process of its own: DFT here and with stock models; MoE."""
+"""What lab/bench.py measures besides the losses, each in a process of its own: whole steps, and inference."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
 import statistics
@@ -19,16 +18,15 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from PIL import Image
-from safetensors import safe_open
+from torch.utils.flop_counter import FlopCounterMode
 
 import dft
 import support.run
 from data import LlavaData
 from lab.world import BASE
-from model import Llava
+from model import CHAT_TEMPLATE, Llava
 from moe import route, sparsify
-from support.chat import CHAT_TEMPLATE
-from support.checks import IMAGE_TOKEN
+from support.checks import IMAGE_TOKEN, load_stock
 from support.flags import InputError, to_argv
 
 N_VISUAL, V = 729, 151_936  # SigLIP-384's patches, Qwen1.5's ids
@@ -36,6 +34,7 @@ GAMMA = 0.5
 KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings")
 QWEN = {"0.5B": (1024, 2816, 24, 16, True), "1.8B": (2048, 5504, 24, 16, False),
         "4B": (2560, 6912, 40, 20, False)}  # fmt: skip
+SO400M = (1152, 4304, 27, 16)  # google/siglip-so400m-patch14-384
 # The C library keeps freed activations, some gigabytes, in pieces that gradients do not fit into. With this
 # environment it gives them back at once, which is slower: peak memory is then what is in use.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "THP_MEM_ALLOC_ENABLE": "1"}
@@ -56,60 +55,64 @@ def forget_peak() -> None:
 def in_own_process(*arguments: object, **environment: str) -> dict:
     """Run `python -m lab.bench child ...` and read the JSON on its last line."""
     command = [sys.executable, "-m", "lab.bench", *map(str, arguments)]
-    env = os.environ | environment
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env, check=False)
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, env=os.environ | environment, check=False
+    )
     if done.returncode:
         raise InputError(f"{' '.join(command)} failed (exit code {done.returncode})")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def text_config(size: str, vocabulary: int) -> hf.Qwen2Config:
-    config = hf.Qwen2Config(**dict(zip(KEYS, QWEN[size])), vocab_size=vocabulary, bos_token_id=None)
-    config.num_key_value_heads = config.num_attention_heads
-    return config
+def count_flops() -> FlopCounterMode:
+    """torch's counter, with the operations that it does not know: attention on a CPU, products in place."""
+    aten, counter = torch.ops.aten, FlopCounterMode(display=False)
+    known, attention = counter.flop_registry, "_scaled_dot_product_flash_attention"
+    for suffix in "", "_backward":
+        known[getattr(aten, f"{attention}_for_cpu{suffix}")] = known[getattr(aten, f"{attention}{suffix}")]
+    known[aten.addmm_] = known[aten.addmm]
+    return counter
 
 
-def write_models(root: Path, teacher: str) -> None:
-    """Random LLaVA checkpoints (student 0.5B in fp32, teacher in bf16) and a sample of 729 + 100 tokens."""
+def n_parameters(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def text_config(shape: tuple, vocabulary: int = V) -> hf.Qwen2Config:
+    return hf.Qwen2Config(**dict(zip(KEYS, shape)), num_key_value_heads=shape[3], vocab_size=vocabulary,
+                          bos_token_id=None)  # fmt: skip
+
+
+def write_models(
+    root: Path, student: tuple, teacher: tuple, vision: tuple = SO400M, vocabulary: int = V
+) -> None:
+    """Random LLaVA checkpoints with one tower (student in fp32, teacher in bf16); samples of 829 tokens."""
     tokenizer = hf.AutoTokenizer.from_pretrained(BASE / "qwen-small")  # its ids lie in the big vocabulary too
     tokenizer.add_tokens(hf.AddedToken(IMAGE_TOKEN, special=True, normalized=False))
     tokenizer.chat_template = CHAT_TEMPLATE
-    vision = hf.SiglipVisionConfig(  # google/siglip-so400m-patch14-384
-        image_size=384, patch_size=14, hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
-        num_attention_heads=16, vision_use_head=False,
-    )  # fmt: skip
+    tower = dict(zip(KEYS, vision)) | {"image_size": 384, "patch_size": 14, "vision_use_head": False}
     processor = hf.LlavaProcessor(
         hf.SiglipImageProcessorPil(size={"height": 384, "width": 384}), tokenizer, patch_size=14,
         chat_template=CHAT_TEMPLATE, vision_feature_select_strategy="full",
     )  # fmt: skip
-    for name, size, dtype in (("student", "0.5B", torch.float32), ("teacher", teacher, torch.bfloat16)):
-        text = text_config(size, V)
+    for name, shape, dtype in (("student", student, torch.float32), ("teacher", teacher, torch.bfloat16)):
+        text = text_config(shape, vocabulary)
         text.eos_token_id = tokenizer.eos_token_id
-        config = hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=len(tokenizer) - 1,
-                                image_seq_length=N_VISUAL, vision_feature_select_strategy="full")  # fmt: skip
-        with torch.device("meta"):
-            model = hf.LlavaForConditionalGeneration(config).to(dtype)
-        model.to_empty(device="cpu").tie_weights()
-        for part in model, model.model.vision_tower:  # the tower again: the same in both
-            torch.manual_seed(0)
-            for p in part.parameters():
-                p.data.copy_(torch.randn(p.shape) * 0.02 if p.dim() > 1 else torch.ones(p.shape))
+        config = hf.LlavaConfig(
+            vision_config=hf.SiglipVisionConfig(**tower), text_config=text, image_seq_length=N_VISUAL,
+            image_token_index=len(tokenizer) - 1, vision_feature_select_strategy="full",
+            tie_word_embeddings=text.tie_word_embeddings,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = hf.LlavaForConditionalGeneration._from_config(config, dtype=dtype)
+        if name == "student":
+            vision_weights = model.model.vision_tower.state_dict()
+        model.model.vision_tower.load_state_dict(vision_weights)
         model.save_pretrained(root / name)
         processor.save_pretrained(root / name)
     Image.frombytes("RGB", (384, 384), random.Random(0).randbytes(3 * 384 * 384)).save(root / "image.png")
     question, answer = "<image>\n" + "how many objects ? " * 4, "red circle top left , " * 15 + "two"
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     (root / "data.json").write_text(json.dumps([{"image": "image.png", "conversations": turns}] * 8))
-
-
-def parameters(path: Path) -> tuple[int, int]:
-    """How many numbers a checkpoint holds: in its vision tower, and elsewhere."""
-    count = {True: 0, False: 0}
-    for file in path.glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                count[name.startswith("vision_tower")] += math.prod(tensors.get_slice(name).get_shape())
-    return count[True], count[False]
 
 
 class Steps:
@@ -123,9 +126,13 @@ class Steps:
         self.peaks.append(memory("VmHWM"))
         forget_peak()
 
-    def result(self, root: Path, teacher_tower: bool) -> dict:
-        (s_tower, s_rest), (t_tower, t_rest) = parameters(root / "student"), parameters(root / "teacher")
-        held = 4 * s_tower + 16 * s_rest + 2 * (t_rest + t_tower * teacher_tower)  # weights, gradients, AdamW
+    def result(self, root: str, towers: int) -> dict:
+        """Of a DFT step, in which student and teacher have so many vision towers together."""
+        s, t = (load_stock(f"{root}/{name}", torch.float32, False)[0] for name in ("student", "teacher"))
+        tower = n_parameters(
+            s.model.vision_tower
+        )  # weights, and all but towers with gradients and AdamW's state
+        held = 4 * tower + 16 * (n_parameters(s) - tower) + 2 * (n_parameters(t) - (2 - towers) * tower)
         seconds = statistics.median(b - a for a, b in zip(self.times, self.times[1:]))
         peak = max(self.peaks[1:]) - self.base
         return {"seconds": seconds, "MiB": peak - held / 2**20, "peak GiB": peak / 1024}
@@ -133,9 +140,9 @@ class Steps:
 
 def stock_child(root: str, n_steps: int) -> dict:
     """DFT's step written straightforwardly with stock models: full logits of both, every loss by the book."""
-    steps, first = Steps(), None
-    student = hf.LlavaForConditionalGeneration.from_pretrained(f"{root}/student", dtype=torch.float32).train()
-    teacher = hf.LlavaForConditionalGeneration.from_pretrained(f"{root}/teacher", dtype=torch.bfloat16).eval()
+    steps, first, llava = Steps(), None, hf.LlavaForConditionalGeneration
+    student = llava.from_pretrained(f"{root}/student", dtype=torch.float32).train()
+    teacher = llava.from_pretrained(f"{root}/teacher", dtype=torch.bfloat16).eval()
     student.model.vision_tower.requires_grad_(False)
     processor = hf.AutoProcessor.from_pretrained(f"{root}/student")
     args = SimpleNamespace(data=f"{root}/data.json", images=root, max_len=2048, skip_bad=0)
@@ -159,7 +166,7 @@ def stock_child(root: str, n_steps: int) -> dict:
         optimizer.step()
         optimizer.zero_grad()
         steps.done()
-    return steps.result(Path(root), teacher_tower=True) | {"loss": first}
+    return steps.result(root, towers=2) | {"loss": first}
 
 
 def dft_child(root: str, n_steps: int) -> dict:
@@ -172,7 +179,7 @@ def dft_child(root: str, n_steps: int) -> dict:
         def outer(*args: object, **kwargs: object) -> object:
             start = time.perf_counter()
             result = inner(*args, **kwargs)
-            parts[part(*args)] += time.perf_counter() - start
+            parts[part(*args)] += (time.perf_counter() - start) / n_steps
             return result
 
         setattr(owner, name, outer)
@@ -192,13 +199,12 @@ def dft_child(root: str, n_steps: int) -> dict:
     ))  # fmt: skip
     parts.pop("start", None)
     log_line = json.loads((Path(out) / "log.jsonl").read_text().splitlines()[0])
-    result = steps.result(Path(root), teacher_tower=False) | {"loss": log_line["loss"]}
-    return result | {"parts": {name: seconds / n_steps for name, seconds in parts.items()}}
+    return steps.result(root, towers=1) | {"loss": log_line["loss"], "parts": parts}
 
 
 def moe_child(how: str, n_steps: int) -> dict:
     """Forward and backward pass and AdamW of a language model of the 0.5B shape, dense or made sparse."""
-    text = text_config("0.5B", 1024)
+    text = text_config(QWEN["0.5B"], 1024)
     torch.manual_seed(0)
     student = SimpleNamespace(config=SimpleNamespace(text_config=text), language_model=hf.Qwen2Model(text))
     if how == "sparse":
@@ -213,3 +219,36 @@ def moe_child(how: str, n_steps: int) -> dict:
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
     return {"seconds": statistics.median(seconds[1:])}  # the first one creates AdamW's state
+
+
+def infer_child(path: str, repeats: int, n_new: int = 64) -> dict:
+    """One image, one question and `n_new` tokens of an answer, by the stock model, as others run it."""
+    on_gpu, base = torch.cuda.is_available(), memory("VmRSS")
+    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+    model, processor = load_stock(path, dtype)
+    model, size = model.to(device).eval(), model.config.vision_config.image_size
+    turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+    prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
+    picture = Image.frombytes("RGB", (size, size), random.Random(0).randbytes(3 * size * size))
+    inputs = processor(images=picture, text=prompt, return_tensors="pt").to(device, dtype)
+
+    def seconds(n_tokens: int) -> float:
+        start = time.perf_counter()
+        model.generate(**inputs, do_sample=False, min_new_tokens=n_tokens, max_new_tokens=n_tokens)
+        return time.perf_counter() - start  # the tokens are on the CPU's side too: no kernel is pending
+
+    with torch.inference_mode():
+        seconds(2)
+        prefill, whole = (statistics.median(seconds(n) for _ in range(repeats)) for n in (1, 1 + n_new))
+        with count_flops() as flops:
+            model(**inputs)
+    peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else memory("VmHWM") - base
+    text, total = model.config.text_config, n_parameters(model)
+    idle = 0 if text.model_type != "qwen2_moe" else 1 - text.num_experts_per_tok / text.num_experts
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    n_prompt = inputs["input_ids"].shape[1]
+    return {
+        "parameters": total, "activated": round(total - idle * experts), "prompt_tokens": n_prompt,
+        "TFLOP": flops.get_total_flops() / 1e12, "prefill_tokens_per_s": n_prompt / prefill,
+        "decode_tokens_per_s": n_new / max(whole - prefill, 1e-9), "GiB": peak / 1024,
+    }  # fmt: skip

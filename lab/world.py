@@ -15,29 +15,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers as hf
 from PIL import Image, ImageDraw
 from tokenizers import ByteLevelBPETokenizer
-from transformers import (
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Tokenizer,
-    SiglipImageProcessorPil,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
 
 from support.run import set_lr
 
 BASE = Path(__file__).parent.parent / "assets" / "toy"
 SIZE, CELL = 32, 16  # pixels of a picture and of one cell of its 2 x 2 grid
-COLORS = {
-    "red": (220, 40, 40),
-    "green": (40, 180, 60),
-    "blue": (50, 80, 230),
-    "yellow": (230, 220, 50),
-    "purple": (150, 50, 190),
-    "white": (240, 240, 240),
-}
+COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230), "yellow": (230, 220, 50),
+          "purple": (150, 50, 190), "white": (240, 240, 240)}  # fmt: skip
 SHAPES = ["circle", "square", "triangle", "cross"]
 PLACES = ["top left", "top right", "bottom left", "bottom right"]
 NUMBERS = ["zero", "one", "two", "three"]
@@ -125,24 +112,19 @@ def write_world(root: Path, n_train: int = 4000, n_few: int = 400, n_test: int =
         paint(scene, rng).save(root / "images" / name)
         asked = [ask(scene, rng) for _ in range(2)]
         if i < n_train:
-            turns = [("<image>\ndescribe", caption(scene))]
-            pretrain.append(sample(f"{i}", name, turns))
-            lie = sample("", name, [("<image>\ndescribe", wrong_caption(scene, liar))])
+            pretrain.append(sample(f"{i}", name, "<image>\ndescribe", caption(scene)))
+            lie = sample("", name, "<image>\ndescribe", wrong_caption(scene, liar))
             both = {"chosen": pretrain[-1]["conversations"], "rejected": lie["conversations"]}
             preference.append({"id": f"{i}", "image": name} | both)
-            finetune += [
-                sample(f"{i}-{k}", name, [(f"<image>\n{q}", a)]) for k, (_, q, a) in enumerate(asked)
-            ]
+            for k, (_, q, a) in enumerate(asked):
+                finetune.append(sample(f"{i}-{k}", name, f"<image>\n{q}", a))
         else:
             objects = [f"{color} {shape}" for color, shape, _ in scene]
             describe.append({"question_id": f"{i}", "image": name, "text": "describe", "objects": objects})
-            for k, (kind, q, a) in enumerate(asked):
-                questions.append(
-                    {"question_id": f"{i}-{k}", "image": name, "text": q, "label": a, "category": kind}
-                )
-    mixed = [*pretrain, *finetune]
-    files = {"pretrain": pretrain, "finetune": finetune, "mixed": mixed, "preference": preference}
-    for name, records in files.items():
+            questions += [{"question_id": f"{i}-{k}", "image": name, "text": q, "label": a, "category": kind}
+                          for k, (kind, q, a) in enumerate(asked)]  # fmt: skip
+    for name, records in (("pretrain", pretrain), ("finetune", finetune), ("mixed", [*pretrain, *finetune]),
+                          ("preference", preference)):  # fmt: skip
         (root / f"{name}.json").write_text(json.dumps(records))
         few = [r for r in records if int(r["image"][:5]) < n_few]
         (root / f"{name}_few.json").write_text(json.dumps(few))
@@ -150,11 +132,9 @@ def write_world(root: Path, n_train: int = 4000, n_few: int = 400, n_test: int =
         (root / f"{name}.jsonl").write_text("".join(json.dumps(q) + "\n" for q in records))
 
 
-def sample(name: str, image: str, turns: list[tuple[str, str]]) -> dict:
-    conversations = [
-        {"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn)
-    ]
-    return {"id": name, "image": image, "conversations": conversations}
+def sample(name: str, image: str, question: str, answer: str) -> dict:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": name, "image": image, "conversations": turns}
 
 
 # ---------------------------------------------------------------------------------- the pre-trained parts
@@ -176,15 +156,12 @@ def train(model: torch.nn.Module, steps: int, lr: float, loss_of: callable) -> N
 def make_tower(out: Path, steps: int) -> None:
     """A SigLIP whose second last hidden state tells colour and shape of the object in every cell."""
     torch.manual_seed(0)
-    config = SiglipVisionConfig(
+    config = hf.SiglipVisionConfig(
         image_size=SIZE, patch_size=8, hidden_size=48, intermediate_size=128, num_hidden_layers=4,
         num_attention_heads=4, vision_use_head=False,
     )  # fmt: skip
-    tower, processor = (
-        SiglipVisionModel(config),
-        SiglipImageProcessorPil(size={"height": SIZE, "width": SIZE}),
-    )
-    rng = random.Random(3)
+    tower, rng = hf.SiglipVisionModel(config), random.Random(3)
+    processor = hf.SiglipImageProcessorPil(size={"height": SIZE, "width": SIZE})
     scenes = [draw_scene(rng) for _ in range(30_000)]  # fewer are learned by heart
     pictures = processor([paint(scene, rng) for scene in scenes], return_tensors="pt")["pixel_values"]
     tags = torch.zeros(len(scenes), 4, len(COLORS) + len(SHAPES))
@@ -196,9 +173,8 @@ def make_tower(out: Path, steps: int) -> None:
 
     def loss_of() -> torch.Tensor:
         pick = torch.tensor(rng.sample(range(len(scenes)), 96))
-        return F.binary_cross_entropy_with_logits(
-            head(features(pictures[pick]).flatten(1)), tags[pick].flatten(1)
-        )
+        y = head(features(pictures[pick]).flatten(1))
+        return F.binary_cross_entropy_with_logits(y, tags[pick].flatten(1))
 
     train(torch.nn.ModuleList([tower, head]), steps, 1e-3, loss_of)
     with torch.no_grad():  # bring the features to unit scale: LayerNorms do not notice what all writers share
@@ -211,18 +187,17 @@ def make_tower(out: Path, steps: int) -> None:
     processor.save_pretrained(out)
 
 
-def make_tokenizer() -> Qwen2Tokenizer:
+def make_tokenizer() -> hf.Qwen2Tokenizer:
     """A byte-level BPE in which every word of the world is one token, with Qwen's special tokens."""
     rng = random.Random(4)
     scenes = [draw_scene(rng) for _ in range(500)]
     bpe = ByteLevelBPETokenizer()
     text = [as_text(scene, *ask(scene, rng)[1:]) for scene in scenes]
-    bpe.train_from_iterator(
-        [t.replace("<|endoftext|>", "") for t in text], vocab_size=440, show_progress=False
-    )
+    text = [t.replace("<|endoftext|>", "") for t in text]
+    bpe.train_from_iterator(text, vocab_size=440, show_progress=False)
     trained = json.loads(bpe.to_str())["model"]
     merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split()) for pair in trained["merges"]]
-    return Qwen2Tokenizer(vocab=trained["vocab"], merges=merges)
+    return hf.Qwen2Tokenizer(vocab=trained["vocab"], merges=merges)
 
 
 def as_text(scene: Scene, question: str, answer: str) -> str:
@@ -230,16 +205,16 @@ def as_text(scene: Scene, question: str, answer: str) -> str:
     return f"USER: {caption(scene)}\n{question} ASSISTANT: {answer}<|endoftext|>"
 
 
-def make_llm(out: Path, tokenizer: Qwen2Tokenizer, width: int, layers: int, steps: int, lr: float) -> None:
+def make_llm(out: Path, tokenizer: hf.Qwen2Tokenizer, width: int, layers: int, steps: int, lr: float) -> None:
     """A Qwen2 that answers questions about scenes described in words, and can repeat a description."""
     torch.manual_seed(1)
-    config = Qwen2Config(
+    config = hf.Qwen2Config(
         vocab_size=512, hidden_size=width, intermediate_size=width * 8 // 3 // 8 * 8,
         num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4,
         max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    model, rng = Qwen2ForCausalLM(config), random.Random(9)
+    model, rng = hf.Qwen2ForCausalLM(config), random.Random(9)
     marker = tokenizer(" ASSISTANT:")["input_ids"]
 
     def loss_of() -> torch.Tensor:
@@ -251,13 +226,10 @@ def make_llm(out: Path, tokenizer: Qwen2Tokenizer, width: int, layers: int, step
         rows = [torch.tensor(ids) for ids in tokenizer(texts)["input_ids"]]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)  # (B, T)
         starts = [next(k for k in range(len(r)) if r[k : k + len(marker)].tolist() == marker) for r in rows]
-        answers = torch.arange(ids.shape[1]) >= torch.tensor(starts).unsqueeze(1) + len(marker)
+        answers = torch.arange(1, ids.shape[1]) >= torch.tensor(starts).unsqueeze(1) + len(marker)
         logits = model(ids.clamp_min(0), attention_mask=(ids >= 0).long()).logits[:, :-1]
         nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none", ignore_index=-100)
-        is_answer, is_text = (
-            (answers[:, 1:] & (ids[:, 1:] >= 0)).flatten(),
-            (~answers[:, 1:] & (ids[:, 1:] >= 0)).flatten(),
-        )
+        is_answer, is_text = (((ids[:, 1:] >= 0) & rows).flatten() for rows in (answers, ~answers))
         return nll[is_answer].mean() + 0.05 * nll[is_text].mean()
 
     train(model, steps, lr, loss_of)
@@ -269,13 +241,12 @@ def main() -> None:
     print("SigLIP tower")
     make_tower(BASE / "siglip", steps=3000)
     tokenizer = make_tokenizer()
-    for name, width, layers, steps, lr in (
-        ("qwen-small", 32, 2, 3000, 4e-3),
-        ("qwen-middle", 56, 2, 3000, 3e-3),
+    for name, *shape_and_steps in (
+        ("qwen-small", 32, 2, 3000, 4e-3), ("qwen-middle", 56, 2, 3000, 3e-3),
         ("qwen-large", 96, 3, 2500, 2e-3),
-    ):
+    ):  # fmt: skip
         print(name)
-        make_llm(BASE / name, tokenizer, width, layers, steps, lr)
+        make_llm(BASE / name, tokenizer, *shape_and_steps)
 
 
 if __name__ == "__main__":

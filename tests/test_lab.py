@@ -1,0 +1,221 @@
+"""The lab's instruments: what a run will need, what a checkpoint costs to ask, what runs did.
+
+python -m pytest tests/test_lab.py
+"""
+
+import json
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import log_of
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+import dft
+from lab import bench, plan, report, steps
+from support.flags import InputError
+
+STUDENT, TEACHER, TOWER = (512, 1408, 8, 8, False), (512, 1408, 4, 8, False), (128, 256, 3, 2)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """Folders with nothing but a config.json: a tower, a language model, and both as LLaVA checkpoints."""
+    root = tmp_path_factory.mktemp("shapes")
+    tower = dict(zip(steps.KEYS, TOWER)) | {"image_size": 56, "patch_size": 14}
+    plan.hf.SiglipVisionConfig(**tower).save_pretrained(root / "vision")
+    for name, width in ("student", 32), ("teacher", 64):
+        steps.text_config((width, 2 * width, 2, 2, name == "student"), 512).save_pretrained(
+            root / f"{name}-llm"
+        )
+        plan.read_config(f"{root}/vision+{root}/{name}-llm").save_pretrained(root / name)
+    return root
+
+
+def need(shapes, stage: str, *more: str, teacher: bool = True) -> dict:
+    argv = [stage, "--student", f"{shapes}/student", *(["--teacher", f"{shapes}/teacher"] if teacher else [])]
+    args = plan.parse_args([*argv, "--text", "30", *more])
+    return plan.step(args.stage, args)
+
+
+def test_memory_is_what_a_run_takes(tmp_path, monkeypatch):
+    """Within 15 % of the peak resident memory of a real step, beyond what the process had after importing."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    steps.write_models(tmp_path, STUDENT, TEACHER, TOWER, vocabulary=8192)
+    measured = steps.in_own_process("dft-child", tmp_path, 2, **steps.GIVE_BACK)["peak GiB"]
+    models = [
+        "--student",
+        f"{tmp_path}/student",
+        "--teacher",
+        f"{tmp_path}/teacher",
+        "--teacher_dtype",
+        "bf16",
+    ]
+    args = plan.parse_args(["dft", *models, "--gpus", "0", "--micro_batch", "1", "--global_batch", "1"])
+    planned = plan.step("dft", args, 829)
+    assert planned["together"] / plan.GIB == pytest.approx(measured, rel=0.15)
+    weights = planned["student"] + planned["teacher"] + planned["optimizer"]
+    assert (
+        0.25 * weights < planned["kept"] < weights
+    )  # both are a good part of it: neither is checked in vain
+
+
+def test_parts_are_what_the_shapes_say(shapes):
+    model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(shapes / "student"))
+    n = sum(p.numel() for p in model.parameters())
+    frozen = sum(p.numel() for p in model.model.vision_tower.parameters())
+    full = need(shapes, "dft", "--gpus", "4")
+    assert (full["n_student"], full["n_trained"]) == (n, n - frozen)
+    assert (full["student"], full["gradients"], full["optimizer"]) == (
+        4 * n,
+        4 * (n - frozen),
+        8 * (n - frozen),
+    )
+    teacher = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(shapes / "teacher"))
+    alone = sum(p.numel() for p in teacher.parameters()) - frozen  # it sees through the student's tower
+    assert full["teacher"] == 2 * alone
+    assert full["tokens"] == 16 + 30
+    parts = sum(full[name] for name in ("student", "gradients", "optimizer", "teacher", "kept"))
+    most = max(full[name] for name in ("forward", "losses", "backward"))
+    assert full["together"] == parts + most + plan.SET_ASIDE
+
+
+def test_what_makes_a_run_smaller(shapes):
+    full = need(shapes, "dft", "--gpus", "4", "--micro_batch", "8")
+    small = need(shapes, "dft", "--gpus", "4", "--micro_batch", "4")
+    assert small["kept"] == pytest.approx(full["kept"] / 2, rel=0.1)
+    assert small["flops"] == pytest.approx(full["flops"], rel=0.05)
+    again = need(shapes, "dft", "--gpus", "4", "--micro_batch", "8", "--gradient_checkpointing")
+    assert again["kept"] < 0.5 * full["kept"]
+    assert again["flops"] > full["flops"]
+    args = plan.parse_args(["sft", "--student", f"{shapes}/student", "--gpus", "4", "--text", "30"])
+    args.shard = "optimizer"
+    assert 4 * plan.step("sft", args)["optimizer"] == need(shapes, "sft", teacher=False)["optimizer"]
+    tried = [
+        flags for flags, _ in plan.changes(Namespace(micro_batch=4, gpus=8, gradient_checkpointing=False))
+    ]
+    first, second = "--gradient_checkpointing", "--gradient_checkpointing --shard optimizer"
+    assert tried == [first, second, f"{second} --micro_batch 2", f"{second} --micro_batch 1"]
+
+
+def test_every_stage_has_a_plan(shapes, capsys):
+    new = ["--vision", f"{shapes}/vision", "--llm", f"{shapes}/student-llm"]
+    args = plan.parse_args(["dpt", *new, "--text", "30"])
+    projector = plan.step("dpt", args)
+    assert projector["n_trained"] == 128 * 32 + 32 + 32 * 32 + 32
+    assert projector["teacher"] == 0
+    sft, d2d, d2s, pd = (need(shapes, stage, teacher=stage != "sft") for stage in ("sft", "d2d", "d2s", "pd"))
+    assert sft["n_trained"] == d2d["n_trained"]
+    assert d2s["n_trained"] == pd["n_trained"] == projector["n_trained"] + 4 * (3 * 32 * 64) + 4 * 32
+    assert sft["flops"] < d2d["flops"] < d2s["flops"] < pd["flops"]
+    given = ["sft", "--student", f"{shapes}/vision+{shapes}/student-llm", "--text", "30", "--max_len", "64"]
+    fits = plan.main([*given, "--samples", "1000", "--tflops", "2", "--gpus", "2", "--epochs", "3"])
+    assert fits["hours"] == pytest.approx(3 * 1000 * fits["flops"] / 4e12 / 3600)
+    assert "it fits into 80 GiB" in capsys.readouterr().out
+    assert not plan.main([*given, "--memory", "2.001", "--gpus", "2"])["fits"]
+    said = capsys.readouterr().out
+    assert "does not fit into 2.001 GiB" in said
+    assert "--gradient_checkpointing --shard optimizer --micro_batch 1 2.00 GiB" in said
+
+
+def test_what_cannot_be_planned_is_said(shapes):
+    def plan_for(*argv: str) -> None:
+        plan.main([*argv, "--text", "30"])
+
+    with pytest.raises(InputError, match="vision is a 'siglip_vision_model' model: give a LLaVA checkpoint"):
+        plan_for("sft", "--student", f"{shapes}/vision")
+    with pytest.raises(InputError, match="cannot load the config of .*nowhere"):
+        plan_for("sft", "--student", f"{shapes}/nowhere")
+    with pytest.raises(InputError, match="samples of 10 tokens have no room for an image of 16"):
+        plan_for("sft", "--student", f"{shapes}/student", "--max_len", "10")
+
+
+def test_the_flop_counter_knows_attention_on_a_cpu_and_products_in_place():
+    q = torch.zeros(1, 2, 8, 4, requires_grad=True)
+    with steps.count_flops() as counter:
+        torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
+    assert counter.get_total_flops() == (2 + 5) * 2 * 2 * 8 * 8 * 4
+    with steps.count_flops() as counter:
+        torch.zeros(3, 5).addmm_(torch.zeros(3, 7), torch.zeros(7, 5))
+    assert counter.get_total_flops() == 2 * 3 * 7 * 5
+
+
+def test_inference_is_measured(checkpoints, tmp_path, capsys, monkeypatch):
+    """Of a sparse checkpoint, whose token goes through some of the experts only."""
+    from model import Llava
+    from moe import sparsify
+
+    student = Llava.from_checkpoint(checkpoints["small"])
+    sparsify(student, 4, 1, "all")
+    student.save(tmp_path / "sparse")
+    rows = {
+        path: steps.infer_child(str(path), 1, n_new=4) for path in (checkpoints["small"], tmp_path / "sparse")
+    }
+    dense, sparse = rows.values()
+    assert (
+        dense["activated"]
+        == dense["parameters"]
+        == sum(p.numel() for p in student.parameters()) - 2 * (3 * 3 * 16 * 32 + 4 * 16 + 16)
+    )
+    assert sparse["parameters"] - sparse["activated"] == 2 * 3 * (3 * 16 * 32)
+    assert 0 < dense["TFLOP"] < 1e-4
+    assert all(
+        row[name] > 0 for row in rows.values() for name in ("prefill_tokens_per_s", "decode_tokens_per_s")
+    )
+    monkeypatch.setattr(bench, "in_own_process", lambda child, path, repeats: rows[path])
+    bench.main(["infer", "--model", checkpoints["small"]])
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line == {"bench": "infer", "model": checkpoints["small"]} | dense
+    with pytest.raises(InputError, match="add --model CHECKPOINT"):
+        bench.main(["infer"])
+
+
+def test_runs_are_drawn(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: drawn.append((self, path)))
+    for run, extra in ("a", {"l_rel": 0.5}), ("deep/b", {"expert_0": 0.3, "expert_1": 0.7}):
+        (tmp_path / run).mkdir(parents=True)
+        line = {"lr": 1e-3, "tokens_per_s": 10, "loss": 2.0} | extra | {"grad_norm": None}
+        (tmp_path / run / "log.jsonl").write_text(
+            "".join(json.dumps({"step": s} | line) + "\n" for s in range(3))
+        )
+    report.main([str(tmp_path), "--picture", str(tmp_path / "new" / "all.png")])
+    ((figure, path),) = drawn
+    assert str(path) in capsys.readouterr().out
+    panels = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
+    experts = f"share of the tokens, {tmp_path}/deep/b"
+    assert set(panels) == {"loss", "l_rel", "grad_norm", "lr", "tokens_per_s", experts}
+    assert [list(line.get_ydata()) for line in panels["loss"].lines] == [
+        [2.0] * 3
+    ] * 4  # smooth and as it was
+    assert [list(line.get_ydata()) for line in panels["l_rel"].lines[:2]] == [[0.5] * 3] * 2
+    assert list(panels[experts].lines[2].get_ydata()) == [0.7] * 3
+    with pytest.raises(InputError, match="there is no log.jsonl in .*new"):
+        report.main([str(tmp_path / "new")])
+
+
+def test_the_log_of_a_real_run_is_drawn(checkpoints, world, tmp_path):
+    from conftest import data_flags
+
+    models = ["--student", checkpoints["small"], "--teacher", checkpoints["large"]]
+    dft.main([*models, *data_flags(world, out=tmp_path / "dft", max_steps=2)])
+    report.main([str(tmp_path / "dft"), "--picture", str(tmp_path / "runs.png")])
+    assert len(log_of(tmp_path / "dft")) == 2
+    assert (tmp_path / "runs.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_toy_report_adds_rows_and_compares_on_the_same_seeds():
+    def row(method: str, seed: int, accuracy: float) -> dict:
+        return {"method": method, "seed": seed, "scenes": 400, "accuracy": accuracy, "steps": 9, "seconds": 1.0,
+                "by_category": {"color": 50.0}}  # fmt: skip
+
+    rows = [row("DPT+SFT+DFT", s, 60.0 + s) for s in (0, 1)] + [
+        row("PT+SFT+SFT", s, 58 + 4 * s) for s in (0, 1, 2)
+    ]
+    head, _, control, method = report.table(rows).splitlines()
+    assert head.startswith("| method | scenes | accuracy | gain | color | lies, answers |")
+    assert control.startswith("| PT+SFT+SFT | 400 | **62.0** (58.0, 62.0, 66.0) |  | 50 |")
+    assert "| **60.5** (60.0, 61.0) | +0.5 on PT+SFT+SFT, 1 of 2 |" in method
