@@ -17,7 +17,6 @@ import argparse
 import json
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -95,7 +94,7 @@ def only_products(x: dict[str, Tensor]) -> None:
         x["d_w"].addmm_(x["w_s"], x["g"])
 
 
-def losses_child(how: str, dtype: str, head: str, repeats: int) -> dict:
+def losses_of(how: str, dtype: str, head: str, repeats: int) -> dict:
     """Median seconds after one call to warm up, the peak MiB of another, and the norm of the gradient."""
     x = inputs({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], head == "trained")
     norm, seconds = 0.0, []
@@ -123,7 +122,7 @@ def losses_child(how: str, dtype: str, head: str, repeats: int) -> dict:
 def bench_losses(args: argparse.Namespace) -> list[dict]:
     lines = []
     for dtype, head in (("fp32", "frozen"), ("fp32", "trained"), ("bf16", "frozen")):
-        rows = {how: in_own_process("losses-child", how, dtype, head, args.repeats)
+        rows = {how: in_own_process(losses_of, how, dtype, head, args.repeats)
                 for how in ("published", "ours", "products")}  # fmt: skip
         mine, theirs, products = rows["ours"], rows["published"], rows["products"]
         check_equal(mine["norm"], theirs["norm"], 1e-4 if dtype == "fp32" else 3e-2)
@@ -142,13 +141,12 @@ def bench_step(args: argparse.Namespace) -> list[dict]:
     """Time as users find it; memory in a second, short run of each that gives freed memory back."""
     with tempfile.TemporaryDirectory() as root:
         steps.write_models(Path(root), QWEN["0.5B"], QWEN["1.8B"])
-        rows = {how: in_own_process(f"{how}-child", root, args.repeats + 1) for how in ("stock", "dft")}
-        for how, row in rows.items():
-            row["MiB"] = in_own_process(f"{how}-child", root, 2, **steps.GIVE_BACK)["MiB"]
-    mine, theirs = rows["dft"], rows["stock"]
+        theirs, mine = (in_own_process(f, root, args.repeats + 1) for f in (steps.stock_step, steps.dft_step))
+        for f, row in ((steps.stock_step, theirs), (steps.dft_step, mine)):
+            row["MiB"] = in_own_process(f, root, 2, **steps.GIVE_BACK)["MiB"]
     check_equal(mine["loss"], theirs["loss"], 0.02)
     title = "one DFT step: 0.5B student in fp32, 1.8B teacher in bf16, one sample of 729 + 100 tokens, AdamW"
-    show(title, rows, ["seconds", "MiB"])
+    show(title, {"stock": theirs, "dft": mine}, ["seconds", "MiB"])
     return [{"bench": "step", "time_vs_stock": round(mine["seconds"] / theirs["seconds"], 3),
              "memory_vs_stock": round(mine["MiB"] / theirs["MiB"], 3)}]  # fmt: skip
 
@@ -156,7 +154,7 @@ def bench_step(args: argparse.Namespace) -> list[dict]:
 def bench_paper(args: argparse.Namespace) -> list[dict]:
     with tempfile.TemporaryDirectory() as root:
         steps.write_models(Path(root), QWEN["0.5B"], QWEN["4B"])
-        row = in_own_process("dft-child", root, args.repeats + 1)
+        row = in_own_process(steps.dft_step, root, args.repeats + 1)
     parts = {name: {"seconds": s} for name, s in sorted(row["parts"].items(), key=lambda part: -part[1])}
     title = "one DFT step at the paper's sizes: 0.5B student in fp32, 4B teacher in bf16, 729 + 100 tokens"
     show(title, parts, ["seconds"])
@@ -164,9 +162,8 @@ def bench_paper(args: argparse.Namespace) -> list[dict]:
 
 
 def bench_moe(args: argparse.Namespace) -> list[dict]:
-    rows = {
-        how: in_own_process("moe-child", how, args.repeats + 1, **steps.KEEP) for how in ("dense", "sparse")
-    }
+    rows = {how: in_own_process(steps.moe_step, how, args.repeats + 1, **steps.KEEP)
+            for how in ("dense", "sparse")}  # fmt: skip
     title = "one step of the 0.5B language model in fp32, 829 tokens: dense, and E4T2 in every other layer"
     show(title, rows, ["seconds"])
     return [{"bench": "moe", "time_vs_dense": round(rows["sparse"]["seconds"] / rows["dense"]["seconds"], 3)}]
@@ -174,13 +171,9 @@ def bench_moe(args: argparse.Namespace) -> list[dict]:
 
 def bench_infer(args: argparse.Namespace) -> list[dict]:
     require(args.model, "what to measure is not said: add --model CHECKPOINT")
-    row = in_own_process("infer-child", args.model, args.repeats)
+    row = in_own_process(steps.infer, args.model, args.repeats)
     for name, value in row.items():
-        print(
-            f"| {name:38s} | {value:16,.4g} |"
-            if isinstance(value, float)
-            else f"| {name:38s} | {value:16,d} |"
-        )
+        print(f"| {name:38s} | {value:16,.{0 if isinstance(value, int) else 3}f} |")
     return [{"bench": "infer", "model": args.model} | row]
 
 
@@ -198,8 +191,6 @@ def show(title: str, rows: dict[str, dict], columns: list[str]) -> None:
         print(f"| {name:38s} | " + " | ".join(f"{row[c]:8.2f}" for c in columns) + " |")
 
 
-CHILDREN = {"losses-child": losses_child, "stock-child": steps.stock_child, "dft-child": steps.dft_child,
-            "moe-child": steps.moe_child, "infer-child": steps.infer_child}  # fmt: skip
 BENCHES = {"losses": bench_losses, "step": bench_step, "paper": bench_paper, "moe": bench_moe,
            "infer": bench_infer}  # fmt: skip
 
@@ -215,11 +206,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in CHILDREN:  # one measurement, started by one of the benches in a process of its own
-        values = [int(v) if v.isdigit() else v for v in argv[1:]]
-        print(json.dumps(CHILDREN[argv[0]](*values)))
-        return
     args = parse_args(argv)
     cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
     name = cpu[0] if cpu else platform.machine()

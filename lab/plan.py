@@ -67,23 +67,22 @@ def without_numbers(config: hf.LlavaConfig, dtype: torch.dtype = torch.float32) 
         model = hf.LlavaForConditionalGeneration._from_config(copy.deepcopy(config), dtype=dtype)
     model.tie_weights()
     parts = model.model.vision_tower, model.model.multi_modal_projector, model.model.language_model
-    return Llava(
-        model.config, SimpleNamespace(tokenizer=SimpleNamespace(pad_token="")), *parts, model.lm_head
-    )
+    processor = SimpleNamespace(tokenizer=SimpleNamespace(pad_token=""))
+    return Llava(model.config, processor, *parts, model.lm_head)
 
 
-def student_config(stage: str, args: argparse.Namespace) -> hf.LlavaConfig:
+def student_config(args: argparse.Namespace) -> hf.LlavaConfig:
     """The config of what the stage trains, which d2s makes out of a dense one."""
     path = getattr(args, "student", None) or f"{args.vision}+{args.llm}"
     config = read_config(path)
-    is_sparse = config.text_config.model_type == "qwen2_moe"
-    require(stage == "pd" or not is_sparse, f"{path} is sparse already: {stage} begins with a dense student")
-    if stage not in mod_distill.SPARSE or is_sparse:
-        return config
-    with torch.device("meta"):
-        student = without_numbers(config)
-        moe.sparsify(student, args.experts, args.top_k, args.moe_layers, args.renormalise)
-    return student.config
+    dense = config.text_config.model_type != "qwen2_moe"
+    require(dense or args.stage == "pd", f"{path} is sparse: {args.stage} begins with a dense student")
+    if args.stage in mod_distill.SPARSE and dense:
+        with torch.device("meta"):
+            student = without_numbers(config)
+            moe.sparsify(student, args.experts, args.top_k, args.moe_layers, args.renormalise)
+        config = student.config
+    return config
 
 
 class EvenExperts(moe.Experts):
@@ -94,14 +93,10 @@ class EvenExperts(moe.Experts):
 
 
 class Rows(tuple):
-    """Positions (B, T) as indices in the place of a mask, whose values nobody would know."""
+    """Indices of positions (B, T), in the place of a mask whose values nobody knows."""
 
     def sum(self) -> int:
         return self[0].numel()
-
-
-def rows(n: int, columns: range) -> Rows:
-    return Rows(torch.cartesian_prod(torch.arange(n), torch.tensor([*columns], dtype=torch.long)).T)
 
 
 class Ledger(TorchDispatchMode):
@@ -137,10 +132,12 @@ class Ledger(TorchDispatchMode):
         return peak
 
 
-def new_student(stage: str, args: argparse.Namespace, config: hf.LlavaConfig) -> Llava:
-    """The student with what the stage trains."""
-    student, sparse = without_numbers(config).train(), stage in mod_distill.SPARSE
-    student.requires_grad_(stage != "dpt" and not sparse).vision_tower.requires_grad_(False)
+def models(
+    args: argparse.Namespace, config: hf.LlavaConfig, dtype: torch.dtype
+) -> tuple[Llava, Llava | None]:
+    """Student and teacher as the stages have them: what is trained, and one tower where both look alike."""
+    student, sparse = without_numbers(config).train(), args.stage in mod_distill.SPARSE
+    student.requires_grad_(args.stage != "dpt" and not sparse).vision_tower.requires_grad_(False)
     student.multi_modal_projector.requires_grad_(True)
     if sparse:
         moe.prepare(student, args.router)
@@ -150,119 +147,84 @@ def new_student(stage: str, args: argparse.Namespace, config: hf.LlavaConfig) ->
             experts.__class__ = EvenExperts
     if args.gradient_checkpointing:
         student.language_model.activation_checkpointing_enable({"use_reentrant": False})
-    return student
-
-
-def looks(config: hf.LlavaConfig) -> tuple:
-    """What two models must have in common to turn an image into the same features, apart from the weights."""
-    names = (
-        "model_type",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "image_size",
-        "patch_size",
-    )
-    vision, layer = config.vision_config, config.vision_feature_layer
-    return layer, config.vision_feature_select_strategy, *(getattr(vision, name) for name in names)
-
-
-def new_teacher(args: argparse.Namespace, student: Llava, dtype: torch.dtype) -> Llava | None:
-    """The teacher; its tower is left out if it looks like the student's, whose features then serve both."""
     if not getattr(args, "teacher", None):
-        return None
+        return student, None
     teacher = without_numbers(read_config(args.teacher), precision(args.teacher_dtype, dtype))
-    n, see = zip(*((m.n_visual_tokens, looks(m.config)) for m in (student, teacher)))
-    require(n[0] == n[1], f"an image is {n[0]} tokens for the student and {n[1]} for the teacher")
-    if see[0] == see[1]:
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size")
+    looks = [[c.vision_feature_layer, *(getattr(c.vision_config, name) for name in names)]
+             for c in (config, teacher.config)]  # fmt: skip
+    if looks[0] == looks[1]:
         teacher.vision_tower = None
-    return teacher.eval().requires_grad_(False)
+    return student, teacher.eval().requires_grad_(False)
 
 
-def passes(
-    student: Llava, teacher: Llava | None, ids: Tensor, n: int
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """The features of n images, and hidden states of student and teacher, as in the stages."""
-    vision, mask, answers = student.config.vision_config, torch.ones_like(ids), len(ids) // n
-    pixels = torch.empty(n, 3, vision.image_size, vision.image_size)
-    z = student.encode_images(pixels).repeat(answers, 1, 1)
-    moe.route(student, mask)
-    h_s = student(ids, mask, z)
-    with torch.no_grad():
-        z_t = teacher.encode_images(pixels).repeat(answers, 1, 1) if teacher and teacher.vision_tower else z
-        return z, h_s, teacher(ids, mask, z_t) if teacher else None
-
-
-def losses_of(
-    args: argparse.Namespace,
-    student: Llava,
-    teacher: Llava | None,
-    z: Tensor,
-    h_s: Tensor,
-    h_t: Tensor | None,
-) -> Tensor:
-    """The stage's losses. All text counts as answer; the preference losses as Eq. (1) of both answers."""
-
-    def objective(response, visual):
-        loss = autoregressive_loss(response.log_s, response.y)
-        if teacher:
-            loss = loss + response_kl(response.log_s, response.log_t)
-            loss = loss + visual_kl(visual.log_s, visual.log_t)
-        return loss, {}
-
-    (b, n_tokens), n_visual = h_s.shape[:2], student.n_visual_tokens
-    w_s, w_t = student.lm_head.weight, teacher.lm_head.weight if teacher else None
-    visual = range(n_visual if "visual" in getattr(args, "targets", []) else 0)
-    kinds = [rows(b, range(n_visual - 1, n_tokens - 1)), rows(b, visual)]
-    y = torch.zeros(b, n_tokens, dtype=torch.long)
-    loss, _ = chunks.over_rows(objective, kinds, y, (h_s, w_s), (h_t, w_t) if teacher else None)
-    if getattr(args, "gamma", 0):
-        y_s, y_t = (h[rows(b, range(n_visual))].unflatten(0, z.shape[:2]) for h in (h_s, h_t))
-        r_s, r_t = (self_correlation(h, chunks.gram(*w)) for h, *w in ((y_s, w_s, w_t), (y_t, w_t, w_s)))
-        loss = loss + relation_loss(r_s, r_t)
-    routers = moe.parts(student, moe.Router)
-    return (
-        loss + moe.balance(student, torch.ones(len(routers), routers[0].num_experts), 1) if routers else loss
-    )
-
-
-def step(stage: str, args: argparse.Namespace, tokens: int = 0, only_kept: bool = False) -> dict:
+def step(args: argparse.Namespace, tokens: int = 0, only_kept: bool = False) -> dict:
     """Bytes by part, FLOPs of a sample and numbers of parameters, for samples of an image and `tokens` tokens
     in all, 0: of the average length. With `only_kept`, only the bytes kept for the backward pass.
+
+    All text counts as answer, and the preference losses as Eq. (1) of both answers.
     """
-    on_gpu, config, b = args.gpus > 0, student_config(stage, args), args.micro_batch
+    on_gpu, config, b = args.gpus > 0, student_config(args), args.micro_batch
     dtype = precision(args.dtype, torch.bfloat16 if on_gpu else torch.float32)
     as_on_gpu = {"BLOCK": chunks.CHUNK, "_logits": lambda h, w, out: torch.mm(h, w.T, out=out[: len(h)])}
     device = mock.patch.multiple(chunks, **as_on_gpu) if on_gpu else contextlib.nullcontext()
     gc.freeze()  # the ledger's collections need not look at what is there already
     with FakeTensorMode(allow_non_fake_inputs=True), device:
-        student = new_student(stage, args, config)
-        teacher, n_visual = new_teacher(args, student, dtype), student.n_visual_tokens
+        student, teacher = models(args, config, dtype)
+        n_visual, pairs = student.n_visual_tokens, 2 if args.stage == "pd" else 1
         tokens = tokens or n_visual + args.text
         require(tokens > n_visual, f"samples of {tokens} tokens have no room for an image of {n_visual}")
         trained = [p for p in student.parameters() if p.requires_grad]
         stays = args.gpus > 1 or args.global_batch > b  # gradients, from one backward pass to the next
         for p in trained if stays else []:
             p.grad = torch.empty_like(p)
-        models = [m for m in (student, teacher) if m]
-        known = [t for m in models for t in (*m.parameters(), *m.buffers())] + [
-            p.grad for p in trained if stays
-        ]
-        with Ledger(known) as ledger, count_flops() as counter:
-            ids = torch.zeros(b * (1 + (stage == "pd")), tokens, dtype=torch.long)
+        known = [t for m in (student, teacher) if m for t in (*m.parameters(), *m.buffers())]
+        with Ledger(known + [p.grad for p in trained if stays]) as ledger, count_flops() as counter:
+            # ---- the forward passes
+            pixels = torch.empty(b, 3, *[config.vision_config.image_size] * 2)
+            ids, answers = torch.zeros(b * pairs, tokens, dtype=torch.long), (pairs, 1, 1)
+            mask = torch.ones_like(ids)
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-                z, h_s, h_t = passes(student, teacher, ids, b)
-            kept, peaks = ledger.live, [ledger.highest()]
+                z = student.encode_images(pixels).repeat(answers)
+                moe.route(student, mask)
+                h_s, h_t = student(ids, mask, z).to(dtype), None
+                with torch.no_grad():
+                    if teacher:
+                        z_t = teacher.encode_images(pixels).repeat(answers) if teacher.vision_tower else z
+                        h_t = teacher(ids, mask, z_t)
+            kept, peaks, forward = ledger.live, [ledger.highest()], counter.get_total_flops()
             if only_kept:
                 return {"kept": kept}
-            twice = counter.get_total_flops() if stage in mod_distill.SPARSE and args.global_batch > b else 0
-            loss = losses_of(args, student, teacher, z, h_s.to(dtype), h_t)
+
+            # ---- the losses
+            def objective(response, visual):
+                loss = autoregressive_loss(response.log_s, response.y)
+                if teacher:
+                    loss = loss + response_kl(response.log_s, response.log_t)
+                    loss = loss + visual_kl(visual.log_s, visual.log_t)
+                return loss, {}
+
+            def rows(start: int, stop: int) -> Rows:
+                return Rows(torch.cartesian_prod(torch.arange(len(ids)), torch.arange(start, stop)).T)
+
+            w_s, w_t = student.lm_head.weight, teacher.lm_head.weight if teacher else None
+            visual = rows(0, n_visual if "visual" in getattr(args, "targets", []) else 0)
+            kinds, t = [rows(n_visual - 1, tokens - 1), visual], (h_t, w_t) if teacher else None
+            loss, _ = chunks.over_rows(objective, kinds, ids, (h_s, w_s), t)
+            if getattr(args, "gamma", 0):
+                y_s, y_t = (h[rows(0, n_visual)].unflatten(0, z.shape[:2]) for h in (h_s, h_t))
+                r_s = self_correlation(y_s, chunks.gram(w_s, w_t))
+                loss = loss + relation_loss(r_s, self_correlation(y_t, chunks.gram(w_t, w_s)))
+            if routers := moe.parts(student, moe.Router):
+                load = torch.ones(len(routers), routers[0].num_experts)
+                loss = loss + moe.balance(student, load, ids.numel())
             peaks.append(ledger.highest())
             loss.backward()
             peaks.append(ledger.highest())
+    twice = forward if routers and args.global_batch > b else 0  # these losses look at the whole step first
     n_student, n_teacher = (sum(p.numel() for p in m.parameters()) if m else 0 for m in (student, teacher))
     n_trained = sum(p.numel() for p in trained)
-    share = args.gpus if getattr(args, "shard", None) == "optimizer" and args.gpus else 1
+    share = args.gpus if getattr(args, "shard", None) == "optimizer" and on_gpu else 1
     held = {"student": 4 * n_student, "gradients": 4 * n_trained * stays, "optimizer": 8 * n_trained / share}
     held["teacher"] = sum(p.nbytes for p in teacher.parameters()) if teacher else 0
     return held | {
@@ -300,30 +262,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    need, longest = step(args.stage, args), step(args.stage, args, args.max_len)["together"]
+    need, longest, limit = step(args), step(args, args.max_len)["together"], args.memory * GIB
     other = argparse.Namespace(**vars(args) | {"gradient_checkpointing": not args.gradient_checkpointing})
-    kept = step(args.stage, other, only_kept=True)["kept"] / GIB
-    without = "without" if args.gradient_checkpointing else "with"
+    flag = f"with{'out' * args.gradient_checkpointing} --gradient_checkpointing"
     where = f"each of {args.gpus} GPUs" if args.gpus else "the CPU"
     print(f"{args.stage} on {where}: {args.micro_batch} samples of {need['tokens']} tokens at a time")
     billions = (f"{name} {need[f'n_{name}'] / 1e9:.2f}" for name in ("student", "trained", "teacher"))
     print(f"{', '.join(billions)} billion parameters; {str(need['dtype'])[6:]} arithmetic\n")
-    for text, n_bytes in (
-        ("the student's weights", need["student"]), ("the teacher's weights", need["teacher"]),
-        ("AdamW's state", need["optimizer"]), ("gradients, if they stay between passes", need["gradients"]),
-        ("activations for the backward pass", need["kept"]),
-        (f"   ({kept:.2f} {without} --gradient_checkpointing)", None),
-        ("and beyond these, the largest of", None), ("   forward passes", need["forward"]),
-        ("   chunks of the losses", need["losses"]), ("   backward pass", need["backward"]),
-        ("and, set aside, CUDA, nccl and fragments", SET_ASIDE * (args.gpus > 0)),
-        ("together", need["together"]), (f"together with samples of --max_len {args.max_len}", longest),
-    ):  # fmt: skip
-        print(f"{text:44s}" + (f" {n_bytes / GIB:8.2f} GiB" if n_bytes is not None else ""))
-    limit, fits = args.memory * GIB, longest <= args.memory * GIB
+    for text, n_bytes in {
+        "the student's weights": need["student"], "the teacher's weights": need["teacher"],
+        "AdamW's state": need["optimizer"], "gradients that stay between passes": need["gradients"],
+        "activations kept for the backward pass": need["kept"],
+        f"   ({flag})": step(other, only_kept=True)["kept"],
+        "CUDA, nccl and fragments (set aside)": SET_ASIDE * (args.gpus > 0),
+        "the largest of: forward passes": need["forward"], "   chunks of the losses": need["losses"],
+        "   backward pass": need["backward"], "together": need["together"],
+        f"together, samples of --max_len {args.max_len}": longest,
+    }.items():  # fmt: skip
+        print(f"{text:44s} {n_bytes / GIB:8.2f} GiB")
     verdict = "the longest samples do not fit" if need["together"] <= limit else "it does not fit"
-    print(f"\n{'it fits' if fits else verdict} into {args.memory:g} GiB")
-    for flags, smaller in () if fits else changes(args):
-        then = step(args.stage, smaller, args.max_len)["together"]
+    print(f"\n{'it fits' if longest <= limit else verdict} into {args.memory:g} GiB")
+    for flags, smaller in changes(args) if longest > limit else ():
+        then = step(smaller, args.max_len)["together"]
         print(f"   with {flags} {then / GIB:.2f} GiB" + ": fits" * (then <= limit), flush=True)
         if then <= limit:
             break
@@ -331,7 +291,7 @@ def main(argv: list[str] | None = None) -> dict:
     hours = samples * args.epochs * need["flops"] / (max(args.gpus, 1) * args.tflops * 1e12) / 3600
     print(f"{need['flops'] / 1e12:.2f} TFLOP a sample: {samples:,} samples, {args.epochs} time(s), take "
           f"{hours:.1f} hours at {args.tflops:g} TFLOP/s a GPU")  # fmt: skip
-    return need | {"longest": longest, "hours": hours, "fits": fits}
+    return need | {"longest": longest, "hours": hours, "fits": longest <= limit}
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
-"""What lab/bench.py measures besides the losses, each in a process of its own: whole steps, and inference."""
+"""What lab/bench.py measures besides the losses: whole training steps, and inference."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import statistics
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from lab.world import BASE
 from model import CHAT_TEMPLATE, Llava
 from moe import route, sparsify
 from support.checks import IMAGE_TOKEN, load_stock
-from support.flags import InputError, to_argv
+from support.flags import to_argv
 
 N_VISUAL, V = 729, 151_936  # SigLIP-384's patches, Qwen1.5's ids
 GAMMA = 0.5
@@ -52,15 +53,11 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def in_own_process(*arguments: object, **environment: str) -> dict:
-    """Run `python -m lab.bench child ...` and read the JSON on its last line."""
-    command = [sys.executable, "-m", "lab.bench", *map(str, arguments)]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, env=os.environ | environment, check=False
-    )
-    if done.returncode:
-        raise InputError(f"{' '.join(command)} failed (exit code {done.returncode})")
-    return json.loads(done.stdout.splitlines()[-1])
+def in_own_process(function: Callable[..., dict], *arguments: object, **environment: str) -> dict:
+    """What the function returns in a fresh process, which has these variables in its environment."""
+    spawn = multiprocessing.get_context("spawn")
+    with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def count_flops() -> FlopCounterMode:
@@ -138,7 +135,7 @@ class Steps:
         return {"seconds": seconds, "MiB": peak - held / 2**20, "peak GiB": peak / 1024}
 
 
-def stock_child(root: str, n_steps: int) -> dict:
+def stock_step(root: str, n_steps: int) -> dict:
     """DFT's step written straightforwardly with stock models: full logits of both, every loss by the book."""
     steps, first, llava = Steps(), None, hf.LlavaForConditionalGeneration
     student = llava.from_pretrained(f"{root}/student", dtype=torch.float32).train()
@@ -169,7 +166,7 @@ def stock_child(root: str, n_steps: int) -> dict:
     return steps.result(root, towers=2) | {"loss": first}
 
 
-def dft_child(root: str, n_steps: int) -> dict:
+def dft_step(root: str, n_steps: int) -> dict:
     """The same through dft.py, with a clock around its parts."""
     parts, steps, out = defaultdict(float), Steps(), f"{root}/out-{n_steps}"
 
@@ -202,7 +199,7 @@ def dft_child(root: str, n_steps: int) -> dict:
     return steps.result(root, towers=1) | {"loss": log_line["loss"], "parts": parts}
 
 
-def moe_child(how: str, n_steps: int) -> dict:
+def moe_step(how: str, n_steps: int) -> dict:
     """Forward and backward pass and AdamW of a language model of the 0.5B shape, dense or made sparse."""
     text = text_config(QWEN["0.5B"], 1024)
     torch.manual_seed(0)
@@ -221,7 +218,7 @@ def moe_child(how: str, n_steps: int) -> dict:
     return {"seconds": statistics.median(seconds[1:])}  # the first one creates AdamW's state
 
 
-def infer_child(path: str, repeats: int, n_new: int = 64) -> dict:
+def infer(path: str, repeats: int, n_new: int = 64) -> dict:
     """One image, one question and `n_new` tokens of an answer, by the stock model, as others run it."""
     on_gpu, base = torch.cuda.is_available(), memory("VmRSS")
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)

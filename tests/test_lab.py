@@ -35,14 +35,14 @@ def shapes(tmp_path_factory):
 def need(shapes, stage: str, *more: str, teacher: bool = True) -> dict:
     argv = [stage, "--student", f"{shapes}/student", *(["--teacher", f"{shapes}/teacher"] if teacher else [])]
     args = plan.parse_args([*argv, "--text", "30", *more])
-    return plan.step(args.stage, args)
+    return plan.step(args)
 
 
 def test_memory_is_what_a_run_takes(tmp_path, monkeypatch):
     """Within 15 % of the peak resident memory of a real step, beyond what the process had after importing."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     steps.write_models(tmp_path, STUDENT, TEACHER, TOWER, vocabulary=8192)
-    measured = steps.in_own_process("dft-child", tmp_path, 2, **steps.GIVE_BACK)["peak GiB"]
+    measured = steps.in_own_process(steps.dft_step, tmp_path, 2, **steps.GIVE_BACK)["peak GiB"]
     models = [
         "--student",
         f"{tmp_path}/student",
@@ -52,7 +52,7 @@ def test_memory_is_what_a_run_takes(tmp_path, monkeypatch):
         "bf16",
     ]
     args = plan.parse_args(["dft", *models, "--gpus", "0", "--micro_batch", "1", "--global_batch", "1"])
-    planned = plan.step("dft", args, 829)
+    planned = plan.step(args, 829)
     assert planned["together"] / plan.GIB == pytest.approx(measured, rel=0.15)
     weights = planned["student"] + planned["teacher"] + planned["optimizer"]
     assert (
@@ -90,7 +90,7 @@ def test_what_makes_a_run_smaller(shapes):
     assert again["flops"] > full["flops"]
     args = plan.parse_args(["sft", "--student", f"{shapes}/student", "--gpus", "4", "--text", "30"])
     args.shard = "optimizer"
-    assert 4 * plan.step("sft", args)["optimizer"] == need(shapes, "sft", teacher=False)["optimizer"]
+    assert 4 * plan.step(args)["optimizer"] == need(shapes, "sft", teacher=False)["optimizer"]
     tried = [
         flags for flags, _ in plan.changes(Namespace(micro_batch=4, gpus=8, gradient_checkpointing=False))
     ]
@@ -101,7 +101,7 @@ def test_what_makes_a_run_smaller(shapes):
 def test_every_stage_has_a_plan(shapes, capsys):
     new = ["--vision", f"{shapes}/vision", "--llm", f"{shapes}/student-llm"]
     args = plan.parse_args(["dpt", *new, "--text", "30"])
-    projector = plan.step("dpt", args)
+    projector = plan.step(args)
     assert projector["n_trained"] == 128 * 32 + 32 + 32 * 32 + 32
     assert projector["teacher"] == 0
     sft, d2d, d2s, pd = (need(shapes, stage, teacher=stage != "sft") for stage in ("sft", "d2d", "d2s", "pd"))
@@ -148,9 +148,7 @@ def test_inference_is_measured(checkpoints, tmp_path, capsys, monkeypatch):
     student = Llava.from_checkpoint(checkpoints["small"])
     sparsify(student, 4, 1, "all")
     student.save(tmp_path / "sparse")
-    rows = {
-        path: steps.infer_child(str(path), 1, n_new=4) for path in (checkpoints["small"], tmp_path / "sparse")
-    }
+    rows = {path: steps.infer(str(path), 1, n_new=4) for path in (checkpoints["small"], tmp_path / "sparse")}
     dense, sparse = rows.values()
     assert (
         dense["activated"]
@@ -162,7 +160,7 @@ def test_inference_is_measured(checkpoints, tmp_path, capsys, monkeypatch):
     assert all(
         row[name] > 0 for row in rows.values() for name in ("prefill_tokens_per_s", "decode_tokens_per_s")
     )
-    monkeypatch.setattr(bench, "in_own_process", lambda child, path, repeats: rows[path])
+    monkeypatch.setattr(bench, "in_own_process", lambda infer, path, repeats: rows[path])
     bench.main(["infer", "--model", checkpoints["small"]])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line == {"bench": "infer", "model": checkpoints["small"]} | dense
@@ -209,12 +207,11 @@ def test_the_log_of_a_real_run_is_drawn(checkpoints, world, tmp_path):
 
 def test_the_toy_report_adds_rows_and_compares_on_the_same_seeds():
     def row(method: str, seed: int, accuracy: float) -> dict:
-        return {"method": method, "seed": seed, "scenes": 400, "accuracy": accuracy, "steps": 9, "seconds": 1.0,
-                "by_category": {"color": 50.0}}  # fmt: skip
+        fixed = {"scenes": 400, "steps": 9, "seconds": 1.0, "by_category": {"color": 50.0}}
+        return fixed | {"method": method, "seed": seed, "accuracy": accuracy}
 
-    rows = [row("DPT+SFT+DFT", s, 60.0 + s) for s in (0, 1)] + [
-        row("PT+SFT+SFT", s, 58 + 4 * s) for s in (0, 1, 2)
-    ]
+    rows = [row("DPT+SFT+DFT", s, 60.0 + s) for s in (0, 1)]
+    rows += [row("PT+SFT+SFT", s, 58 + 4 * s) for s in (0, 1, 2)]
     head, _, control, method = report.table(rows).splitlines()
     assert head.startswith("| method | scenes | accuracy | gain | color | lies, answers |")
     assert control.startswith("| PT+SFT+SFT | 400 | **62.0** (58.0, 62.0, 66.0) |  | 50 |")
