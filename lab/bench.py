@@ -1,9 +1,8 @@
-"""Benchmarks: the losses at the papers' shapes, whole steps, LLaVA-MoD's sparse layers, and inference.
+"""Benchmarks: the losses at the papers' shapes, whole steps, and inference.
 
     python -m lab.bench losses     this project, the published way, and the matrix products alone
     python -m lab.bench step       one DFT step through dft.py against a plain one with stock transformers
     python -m lab.bench paper      one DFT step with a 4B teacher and a 0.5B student, part by part
-    python -m lab.bench moe        one step of LLaVA-MoD's sparse language model against the dense one
     python -m lab.bench infer --model CHECKPOINT    size, arithmetic, speed and memory of an answer
 
 Every measurement is a process of its own. Times are medians; memory is the peak of resident memory beyond
@@ -161,14 +160,6 @@ def bench_paper(args: argparse.Namespace) -> list[dict]:
     return [{"bench": "paper", "seconds": round(row["seconds"], 2), "peak_gib": round(row["peak GiB"], 2)}]
 
 
-def bench_moe(args: argparse.Namespace) -> list[dict]:
-    rows = {how: in_own_process(steps.moe_step, how, args.repeats + 1, **steps.KEEP)
-            for how in ("dense", "sparse")}  # fmt: skip
-    title = "one step of the 0.5B language model in fp32, 829 tokens: dense, and E4T2 in every other layer"
-    show(title, rows, ["seconds"])
-    return [{"bench": "moe", "time_vs_dense": round(rows["sparse"]["seconds"] / rows["dense"]["seconds"], 3)}]
-
-
 def bench_infer(args: argparse.Namespace) -> list[dict]:
     require(args.model, "what to measure is not said: add --model CHECKPOINT")
     row = in_own_process(steps.infer, args.model, args.repeats)
@@ -191,8 +182,7 @@ def show(title: str, rows: dict[str, dict], columns: list[str]) -> None:
         print(f"| {name:38s} | " + " | ".join(f"{row[c]:8.2f}" for c in columns) + " |")
 
 
-BENCHES = {"losses": bench_losses, "step": bench_step, "paper": bench_paper, "moe": bench_moe,
-           "infer": bench_infer}  # fmt: skip
+BENCHES = {"losses": bench_losses, "step": bench_step, "paper": bench_paper, "infer": bench_infer}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -99,11 +99,11 @@ Gain: points over another method on the same scenes and seeds, and in how many s
 Steps and seconds are those of all stages of a method together. Lies: descriptions that name an object that is
 not there, and the share of such among the objects named; recall: the share of the scene's objects named.
 Teachers saw 4,000 scenes in every row."""
-# The pictures show these methods, on so many scenes: a file of questions, its reference, whose answers, name.
+# The pictures show these methods, on so many scenes: questions, how to score, where answers are, name.
 DRAWN = {"Teacher": 4000, "MoD's teacher": 4000, "PT+SFT": 400, "PT+SFT+SFT": 400, "DPT+SFT+DFT": 400,
          "SFT+SFT, sparse": 400, "D2D+D2S": 400, "D2D+D2S+DPO": 400, "D2D+D2S+KTO": 400}  # fmt: skip
-PICTURES = [("questions", "label", "eval", exact_match, "sample.png"),
-            ("describe", "objects", "hallucination", hallucination, "descriptions.png")]  # fmt: skip
+PICTURES = [("questions", "exact", "eval", exact_match, "sample.png"),
+            ("describe", "hallucination", "hallucination", hallucination, "descriptions.png")]  # fmt: skip
 
 
 def table(rows: list[dict]) -> str:
@@ -136,10 +136,10 @@ def write_report(out: Path, world: Path, new: list[dict]) -> str:
     shown = [r for r in rows if r["seed"] == 0 and r["scenes"] == DRAWN.get(r["method"])]
     logs = find_logs(dict.fromkeys(stage for r in shown for stage in r["stages"]))
     draw_runs({run.removeprefix(f"{out}/"): log for run, log in logs.items()}, out / "curves.png")
-    for file, field, folder, metric, picture in PICTURES:
-        questions = evaluate.read_questions(world / f"{file}.jsonl", str(world / "images"), field)
+    for file, kind, folder, metric, picture in PICTURES:
+        questions, _ = evaluate.read_questions(world / f"{file}.jsonl", str(world / "images"), kind)
         answers = {}
-        if field == "objects":
+        if kind == "hallucination":
             read_vocabulary(questions, None)
         for row in shown:
             stage = Path(row["stages"][-1])

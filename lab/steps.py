@@ -25,9 +25,9 @@ import dft
 import support.run
 from data import LlavaData
 from lab.world import BASE
-from model import CHAT_TEMPLATE, Llava
-from moe import route, sparsify
-from support.checks import IMAGE_TOKEN, load_stock
+from model import Llava
+from support.chat import CHAT_TEMPLATE, IMAGE_TOKEN, Chat, turn
+from support.checks import load_stock
 from support.flags import to_argv
 
 N_VISUAL, V = 729, 151_936  # SigLIP-384's patches, Qwen1.5's ids
@@ -39,9 +39,6 @@ SO400M = (1152, 4304, 27, 16)  # google/siglip-so400m-patch14-384
 # The C library keeps freed activations, some gigabytes, in pieces that gradients do not fit into. With this
 # environment it gives them back at once, which is slower: peak memory is then what is in use.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "THP_MEM_ALLOC_ENABLE": "1"}
-# With this one it keeps all. Fresh memory costs a virtual machine much time, and the gradients of stacked
-# experts are too large to be kept otherwise, while those of the dense model are.
-KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
 
 def memory(field: str) -> float:
@@ -143,14 +140,16 @@ def stock_step(root: str, n_steps: int) -> dict:
     student.model.vision_tower.requires_grad_(False)
     processor = hf.AutoProcessor.from_pretrained(f"{root}/student")
     args = SimpleNamespace(data=f"{root}/data.json", images=root, max_len=2048, skip_bad=0)
-    data = LlavaData(args, SimpleNamespace(processor=processor, n_visual_tokens=N_VISUAL, vision_tower=True))
+    sees = {"processor": processor, "n_visual_tokens": N_VISUAL, "vision_tower": True}
+    data = LlavaData(args, SimpleNamespace(chat=Chat(processor), **sees))
     batch = data.collate([data[0]])
+    pixels = batch.pixel_values / 127.5 - 1  # as SigLIP's processor has them
     given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=2e-5)
     for _ in range(n_steps):
-        y_s = student(**given, pixel_values=batch.pixel_values).logits.float()
+        y_s = student(**given, pixel_values=pixels).logits.float()
         with torch.no_grad():
-            y_t = teacher(**given, pixel_values=batch.pixel_values.bfloat16()).logits.float()
+            y_t = teacher(**given, pixel_values=pixels.bfloat16()).logits.float()
         loss = F.cross_entropy(y_s[batch.response], batch.targets[batch.response])
         for rows in (batch.response, batch.visual):
             log_s, p_t = F.log_softmax(y_s[rows], -1), F.softmax(y_t[rows], -1)
@@ -199,33 +198,13 @@ def dft_step(root: str, n_steps: int) -> dict:
     return steps.result(root, towers=1) | {"loss": log_line["loss"], "parts": parts}
 
 
-def moe_step(how: str, n_steps: int) -> dict:
-    """Forward and backward pass and AdamW of a language model of the 0.5B shape, dense or made sparse."""
-    text = text_config(QWEN["0.5B"], 1024)
-    torch.manual_seed(0)
-    student = SimpleNamespace(config=SimpleNamespace(text_config=text), language_model=hf.Qwen2Model(text))
-    if how == "sparse":
-        sparsify(student, 4, 2, "every_other")
-    h, mask = torch.randn(1, N_VISUAL + 100, text.hidden_size), torch.ones(1, N_VISUAL + 100)
-    optimizer, seconds = torch.optim.AdamW(student.language_model.parameters(), lr=1e-4, fused=True), []
-    for _ in range(n_steps):
-        start = time.perf_counter()
-        route(student, mask)
-        student.language_model(inputs_embeds=h).last_hidden_state.square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
-    return {"seconds": statistics.median(seconds[1:])}  # the first one creates AdamW's state
-
-
 def infer(path: str, repeats: int, n_new: int = 64) -> dict:
     """One image, one question and `n_new` tokens of an answer, by the stock model, as others run it."""
     on_gpu, base = torch.cuda.is_available(), memory("VmRSS")
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     model, processor = load_stock(path, dtype)
     model, size = model.to(device).eval(), model.config.vision_config.image_size
-    turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
-    prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
+    prompt = Chat(processor).render([turn("user", "What is this?", 1)], ask=True)
     picture = Image.frombytes("RGB", (size, size), random.Random(0).randbytes(3 * size * size))
     inputs = processor(images=picture, text=prompt, return_tensors="pt").to(device, dtype)
 

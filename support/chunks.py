@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 1 << 25  # logits formed at a time: 220 rows of 151,936 ids; on a GPU eight times as many
+CHUNK = 1 << 25  # logits formed at a time: 220 rows of 151,936 ids; on a GPU ON_GPU times as many
+ON_GPU = 4
 BLOCK = 1 << 20  # logits that pointwise work passes over at a time on a CPU: they stay in its cache
 Head = tuple[Tensor, Tensor]  # hidden states (B, T, D) and the weight of the language-model head (V, D)
 
@@ -55,7 +56,7 @@ class _OverRows(torch.autograd.Function):
         d_hidden, d_head = torch.empty_like(hidden), None
         if ctx.needs_input_grad[4]:
             d_head = torch.zeros_like(head)
-        chunk, block = (CHUNK * 8, CHUNK * 8) if head.is_cuda else (CHUNK, BLOCK)
+        chunk, block = (CHUNK * ON_GPU, CHUNK * ON_GPU) if head.is_cuda else (CHUNK, BLOCK)
         chunk, block = max(1, chunk // len(head)), max(1, block // len(head))
         pieces = [(k, p) for k, size in enumerate(sizes) for p in _pieces(sum(sizes[:k]), size, chunk)]
         largest = max(len(y[rows]) for _, rows in pieces)
