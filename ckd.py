@@ -29,7 +29,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     add_flags(parser, "cascade", [
         ("--teachers", [str], ..., "LLaVA checkpoints, hub names or folders, the weakest first"),
         ("--strategy", ("bottom-up", "top-down"), "bottom-up", "who learns from whom; CKD Table 3"),
-        ("--assistant_llms", [str], None, "top-down: LLMs of new assistants; else teachers are distilled on"),
+        ("--assistant_llms", [str], None, "top-down: LLMs of new assistants; else teachers are trained on"),
     ])  # fmt: skip
     add_kd_flags(parser, gamma=1.0, relation="columns", source="CKD §4.1")
     add_flags(parser, "training", [

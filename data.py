@@ -37,7 +37,7 @@ class Encoder:
 
     def __call__(self, messages: list[dict], last_only: bool = False) -> tuple[list[int], list[int]]:
         """(token ids, targets), at most `max_len`, as `Chat.encode` has them. A conversation that is too long
-        ends early: before the first image that does not fit whole, else in the middle of a text.
+        is cut, but never inside an image.
         """
         pieces = self.chat.caption(messages) if self.caption_only else self.chat.encode(messages, last_only)
         ids, targets = [], []
@@ -59,7 +59,7 @@ class Batch(NamedTuple):
     targets: Tensor  # (B, T) the next token where it is learned, else IGNORE
     response: Tensor  # (B, T) True where it is: the rows of Eqs. (1) and (2)
     visual: Tensor  # (B, T) True at image tokens: the rows of Eqs. (3)-(5)
-    prompt: Tensor  # (B, T) True at text that is followed by given text
+    prompt: Tensor  # (B, T) True at text whose next token is text that is not learned
     pixel_values: Tensor  # (n, 3, H, W) bytes, the batch's images in reading order; n may be 0
     teacher_pixels: Tensor | None  # the same prepared for a teacher with a tower of its own
     bad: list[str]  # what was wrong with samples that could not be read
@@ -73,8 +73,8 @@ Counts = namedtuple("Counts", "response visual prompt images tokens bad")
 
 
 def count_rows(micros: list[Batch], ranks: Ranks) -> Counts:
-    """Rows of each kind, images, tokens and unreadable samples of all ranks' micro-batches. No rows, images
-    or tokens count as 1: a mean over nothing is 0 / 1.
+    """Rows of each kind, images, tokens and unreadable samples of all ranks' micro-batches. All but the last
+    are what losses are divided by, so they are at least 1.
     """
     counts = [[*(rows.sum() for rows in (b.response, b.visual, b.prompt)), len(b.pixel_values),
                b.attention_mask.sum(), len(b.bad)] for b in micros]  # fmt: skip
@@ -97,11 +97,11 @@ class LlavaData(Dataset):
         advice = f"{len(self.bad)} of {n} samples are bad, more than --skip_bad {args.skip_bad} allows"
         require(len(self.bad) <= args.skip_bad, f"{''.join(self.bad[:1])}; {advice}")
         n_images, n_bytes, images, turns, text, unmarked = self.index.sizes.unbind(1)
-        # A token has at least one byte; the template adds to a turn less than to the whole of a conversation.
+        # A token has at least one byte, and what the template adds to a turn is shorter than all of PROBE.
         extra = len(student.chat.encode(PROBE)[0])
         fixed = 2 if encoder.caption_only else extra * (turns + 1) + text
         fits = images * (encoder.n_visual + 2) + fixed < encoder.max_len  # for certain; of others we look
-        if pairs:  # and both answers to the end: cut, they may be the same
+        if pairs:  # to the end of both answers, since cut ones may be the same
             fits &= n_images * encoder.n_visual + extra * (turns + 2) + n_bytes < encoder.max_len
         for i in (~fits).nonzero().flatten().tolist():
             rows = self.code(self.sample(i)[1])
@@ -152,7 +152,8 @@ class LlavaData(Dataset):
                 raw = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
                 pixels = [p(images, **raw)["pixel_values"] for p in self.image_processors]
         except InputError as error:  # one token that is not learned keeps the batch's shape
-            rows, bad = [([self.encoder.chat.end_id], [IGNORE])] * len(conversations), str(error)
+            error = str(error) if name in str(error) else f"{name}: {error}"
+            rows, bad = [([self.encoder.chat.end_id], [IGNORE])] * len(conversations), error
         return {"name": name, "rows": rows, "pixels": pixels, "bad": bad}
 
     def collate(self, samples: list[dict]) -> Batch:
@@ -220,5 +221,5 @@ def micro_batches(data: LlavaData, steps: list, first: int, run: Run) -> Iterato
         yield step, [next(loader) for _ in range(0, run.args.global_batch, size * ranks.world)]
 
 
-if __name__ == "__main__":  # not imported: what this file imports counts as the code of every stage
+if __name__ == "__main__":  # not imported: that would count as code of every stage (run.code_of)
     runpy.run_module("lab.look", run_name="__main__")

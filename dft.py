@@ -1,7 +1,7 @@
 """Distilled Fine-Tuning: the third stage of LLaVA-KD (§3.3.2, Eq. 7, arXiv 2410.16236v1).
 
 Trained: projector and LLM of the student. Frozen: vision tower, and the whole teacher.
-Departures: the sums over tokens in Eqs. 2 and 3 are means over the rows of the global batch.
+Departures: the sums over tokens in Eqs. 1 to 3 are means over the rows of the global batch.
 
     torchrun --nproc_per_node 8 dft.py --student out/sft --teacher TEACHER \\
         --data llava_v1_5_mix665k.json --images IMAGES --out out/dft
@@ -58,14 +58,15 @@ def main(argv: list[str] | None = None) -> None:
 
         # ---- the loop
         ranks.catch_signals()
-        weights = zip(("response", "visual", "prompt"), (args.alpha, args.beta, args.delta))
-        alpha, beta, delta = (weight if target in args.targets else 0 for target, weight in weights)
+        alpha = args.alpha if "response" in args.targets else 0
+        beta = args.beta if "visual" in args.targets else 0
+        delta = args.delta if "prompt" in args.targets else 0
         w_s, w_t = student.lm_head.weight, teacher.lm_head.weight  # (V_s, D_s), (V_t, D_t)
         gram_t = gram(w_t, w_s) if args.gamma else None  # (D_t, D_t)
         for step, micros in micro_batches(data, steps, first, run):
             torch.manual_seed(hash((args.seed, step, ranks.rank)))  # the same after an interruption
             lr = set_lr(optimizer, step, len(steps), args.lr, args.warmup)
-            n = count_rows(micros, ranks)  # rows of each kind in the global batch
+            n = count_rows(micros, ranks)  # rows, images, tokens of the global batch
             check_samples(run, micros, n.bad)
             gram_s = gram(w_s, w_t) if args.gamma else None  # (D_s, D_s)
             losses = []
@@ -78,7 +79,8 @@ def main(argv: list[str] | None = None) -> None:
                         z_t = teacher.encode_images(batch.teacher_pixels) if teacher.vision_tower else z
                         h_t = teacher(batch.input_ids, z_t)  # (B, T, D_t)
 
-                # ---- Eq. (7). Rows hold log phi_s, log phi_l (N, V) and the next token y (N,)
+                # ---- Eq. (7), a sum over rows. `over_rows` forms the logits and calls this on a few rows at
+                # a time: log phi_s, log phi_l (N, V) and the next token y (N,)
                 def objective(response, visual, prompt):
                     l_reg = autoregressive_loss(response.log_s, response.y, 1 / n.response)
                     l_res = response_kl(response.log_s, response.log_t, 1 / n.response)
@@ -90,8 +92,8 @@ def main(argv: list[str] | None = None) -> None:
                 kinds = [batch.response, batch.visual if beta else None, batch.prompt if delta else None]
                 loss, terms = over_rows(objective, kinds, batch.targets, (h_s.to(run.dtype), w_s), (h_t, w_t))
                 if args.gamma:
-                    y_s, y_t = (h[batch.visual].unflatten(0, z.shape[:2]) for h in (h_s, h_t))  # (n, Np, D)
-                    r_s, r_t = self_correlation(y_s, gram_s), self_correlation(y_t, gram_t)  # Eq. (4)
+                    v_s, v_t = (h[batch.visual].unflatten(0, z.shape[:2]) for h in (h_s, h_t))  # (n, Np, D)
+                    r_s, r_t = self_correlation(v_s, gram_s), self_correlation(v_t, gram_t)  # Eq. (4)
                     l_rel = relation_loss(r_s, r_t, 1 / n.images, args.relation == "columns")  # Eq. (5)
                     loss, terms = loss + args.gamma * l_rel, terms | {"l_rel": l_rel}
                 (ranks.world * loss).backward()  # DDP divides by the number of ranks
@@ -99,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm or torch.inf)
             if all_finite(run, step, losses, grad_norm, micros):
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=ranks.world == 1)  # DDP keeps gradients where they are
+            optimizer.zero_grad(set_to_none=ranks.world == 1)  # DDP keeps them in its buckets
             write_log(run, step, lr, losses, grad_norm, n.tokens)
             save_state_if_due(run, step, student, optimizer)
             stop_if_asked(run, step, student, optimizer)

@@ -1,9 +1,9 @@
 """Distilled Pre-Training: the first stage of LLaVA-KD (§3.3.2, Eq. 6, arXiv 2410.16236v1).
 
 Trained: the projector of the student. Frozen: everything else, and the whole teacher.
-Without --teacher it is plain Pre-Training by Eq. 1: how the teacher itself starts (§3.2), and LLaVA-MoD's
+Without --teacher it is plain Pre-Training by Eq. 1: also the teacher's first stage (§3.2), and LLaVA-MoD's
 initialisation (MoD Eq. 5).
-Departures: the sums over tokens in Eqs. 2 and 3 are means over the rows of the global batch.
+Departures: the sums over tokens in Eqs. 1 to 3 are means over the rows of the global batch.
 
     torchrun --nproc_per_node 8 dpt.py --vision google/siglip-so400m-patch14-384 --llm Qwen/Qwen1.5-0.5B \\
         --teacher TEACHER --data blip_laion_cc_sbu_558k.json --images IMAGES --out out/dpt
@@ -44,7 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def new_student(args: argparse.Namespace) -> Llava:
-    """The checkpoint --student, or a new model from --vision and --llm that speaks as its teacher does."""
+    """The checkpoint --student, or a new model with its teacher's tokenizer and template."""
     if args.student:
         return Llava.from_checkpoint(args.student)
     return Llava(*new_llava(args.vision, args.llm, args.teacher if args.template == "teacher" else None))
@@ -60,9 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # ---- models, and what is trained
         student = new_student(args).to(ranks.device)
-        teacher = None
-        if args.teacher:
-            teacher = load_teacher(args, student, run.dtype)
+        teacher = load_teacher(args, student, run.dtype)  # None without --teacher
         student.requires_grad_(False).multi_modal_projector.requires_grad_(True)
         trained = [p for p in student.parameters() if p.requires_grad]
         if args.gradient_checkpointing:
@@ -78,14 +76,15 @@ def main(argv: list[str] | None = None) -> None:
 
         # ---- the loop
         ranks.catch_signals()
-        weights = zip(("response", "visual", "prompt"), (args.alpha, args.beta, args.delta))
-        alpha, beta, delta = (weight if target in args.targets else 0 for target, weight in weights)
+        alpha = args.alpha if "response" in args.targets else 0
+        beta = args.beta if "visual" in args.targets else 0
+        delta = args.delta if "prompt" in args.targets else 0
         w_s, w_t = student.lm_head.weight, teacher.lm_head.weight if teacher else None  # (V, D)
         gram_s, gram_t = (gram(w_s, w_t), gram(w_t, w_s)) if args.gamma else (None, None)  # (D, D)
         for step, micros in micro_batches(data, steps, first, run):
             torch.manual_seed(hash((args.seed, step, ranks.rank)))  # the same after an interruption
             lr = set_lr(optimizer, step, len(steps), args.lr, args.warmup)
-            n = count_rows(micros, ranks)  # rows of each kind in the global batch
+            n = count_rows(micros, ranks)  # rows, images, tokens of the global batch
             check_samples(run, micros, n.bad)
             losses = []
             for k, batch in enumerate(micros, 1):
@@ -98,7 +97,8 @@ def main(argv: list[str] | None = None) -> None:
                             z_t = teacher.encode_images(batch.teacher_pixels) if teacher.vision_tower else z
                             h_t = teacher(batch.input_ids, z_t)  # (B, T, D_t)
 
-                # ---- Eq. (6). Rows hold log phi_s, log phi_l (N, V) and the next token y (N,)
+                # ---- Eq. (6), a sum over rows. `over_rows` forms the logits and calls this on a few rows at
+                # a time: log phi_s, log phi_l (N, V) and the next token y (N,)
                 def objective(response, visual, prompt):
                     l_pt = autoregressive_loss(response.log_s, response.y, 1 / n.response)
                     if not teacher:
@@ -113,8 +113,8 @@ def main(argv: list[str] | None = None) -> None:
                 s, t = (h_s.to(run.dtype), w_s), (h_t, w_t) if teacher else None
                 loss, terms = over_rows(objective, kinds, batch.targets, s, t)
                 if args.gamma:
-                    y_s, y_t = (h[batch.visual].unflatten(0, z.shape[:2]) for h in (h_s, h_t))  # (n, Np, D)
-                    r_s, r_t = self_correlation(y_s, gram_s), self_correlation(y_t, gram_t)  # Eq. (4)
+                    v_s, v_t = (h[batch.visual].unflatten(0, z.shape[:2]) for h in (h_s, h_t))  # (n, Np, D)
+                    r_s, r_t = self_correlation(v_s, gram_s), self_correlation(v_t, gram_t)  # Eq. (4)
                     l_rel = relation_loss(r_s, r_t, 1 / n.images, args.relation == "columns")  # Eq. (5)
                     loss, terms = loss + args.gamma * l_rel, terms | {"l_rel": l_rel}
                 (ranks.world * loss).backward()  # DDP divides by the number of ranks
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm or torch.inf)
             if all_finite(run, step, losses, grad_norm, micros):
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=ranks.world == 1)  # DDP keeps gradients where they are
+            optimizer.zero_grad(set_to_none=ranks.world == 1)  # DDP keeps them in its buckets
             write_log(run, step, lr, losses, grad_norm, n.tokens)
             save_state_if_due(run, step, student, optimizer)
             stop_if_asked(run, step, student, optimizer)

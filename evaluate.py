@@ -38,7 +38,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ("--metric", tuple(METRICS), "exact", "how to score"),
         ("--objects", str, None, "for hallucination: an object a line, with its other wordings after commas"),
         ("--skip_bad", natural, 0, "leave out up to this many malformed questions and unreadable images"),
-        ("--suffix", str, "", "added to every question, such as '\\nAnswer with a single word or phrase.'"),
+        ("--suffix", str, "", "added to every question, such as '\\nAnswer the question using a "
+         "single word or phrase.'"),
     ])  # fmt: skip
     add_flags(parser, "how", [
         ("--out", str, "out/eval", "folder for answers, scores and picture"),
@@ -100,7 +101,7 @@ def generate(model_path: str, questions: list[dict], args: argparse.Namespace) -
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         size = lambda i: (len(questions[i]["images"]), len(questions[i]["text"]))  # noqa: E731
         order, suffix = sorted(range(len(questions)), key=size), args.suffix.replace("\\n", "\n")
-        # Token ids less that of padding: 0 where this rank has no answer, so that the ranks' can be added.
+        # Token ids minus the padding's: 0 where this rank has no answer, so that the ranks' can be added.
         answers = torch.zeros(len(order), args.max_new_tokens, dtype=torch.int64, device=ranks.device)
         turns = range(0, len(order), args.batch)[ranks.rank :: ranks.world]
         for k in tqdm(turns, f"answers of {model_path}", disable=ranks.rank > 0):

@@ -1,4 +1,4 @@
-"""The numbered losses of the three papers, one function each: what stands here is what is differentiated.
+"""The losses of the three papers, one function each: what stands here is what is differentiated.
 
 Glossary of shapes
     B   samples in a batch                    T   positions of the padded sequence
@@ -12,7 +12,7 @@ Conventions, for every function
       fp32 or fp64. The paper's phi_s is the student (small), phi_l the teacher (large).
     * A token loss is a weighted *sum* over its rows; with `weights=None` it is their mean. The stages pass
       1 / (rows in the global batch), so that the losses of all micro-batches and ranks add up to the mean
-      over the global batch. (Departure: Eqs. 2 and 3 print a sum over tokens. As a sum, the 729 visual terms
+      over the global batch. (Departure: Eqs. 1 to 3 print a sum over tokens. As a sum, the 729 visual terms
       of an image would drown all others.)
     * Without any row a loss is 0, and so is its gradient.
 """
@@ -33,7 +33,7 @@ def autoregressive_loss(log_s: Tensor, y: Tensor, weights: Weights = None) -> Te
     """L_reg = - sum_m log phi(y_m | y_<m)                                   Eq. (1), arXiv 2410.16236v1
 
     log_s  (N, V)  log phi(. | y_<m), at the position before y_m
-    y      (N,)    y_m, token ids in [0, V); a row of weight 0 may hold any id, also -100
+    y      (N,)    y_m, token ids in [0, V); a row of weight 0 may hold -100
     Returns a scalar >= 0, in nats. Also L_PT and L_SFT of the paper, and Eq. (5) of LLaVA-MoD.
     """
     return weighted_sum(-log_probability(log_s, y), weights)
@@ -90,7 +90,7 @@ def self_correlation(y: Tensor, gram: Tensor | None = None) -> Tensor:
     y     (n, Np, V)  the raw logits at one image's visual tokens, or
           (n, Np, D)  the hidden states h that they come from, y = h W^T, together with
     gram  (D, D)      G = W^T W of the language-model head W (V, D): then y y^T = h W^T W h^T = h G h^T
-    Returns (n, Np, Np). Departure: the paper leaves open whether y are logits or probabilities; here logits.
+    Returns (n, Np, Np). The paper says "visual logits"; here they are raw.
     """
     y = y.to(torch.promote_types(y.dtype, torch.float32))
     return y @ y.mT if gram is None else y @ gram @ y.mT
@@ -99,7 +99,7 @@ def self_correlation(y: Tensor, gram: Tensor | None = None) -> Tensor:
 def relation_loss(r_s: Tensor, r_t: Tensor, weights: Weights = None, columns: bool = False) -> Tensor:
     """L_rel = 1 - Cos(R_s, R_t) = 1 - R_s . R_t / (|R_s| |R_t|)             Eq. (5), arXiv 2410.16236v1
 
-    r_s, r_t  (n, Np, Np)  R_s, R_t of Eq. (4), any positive scale
+    r_s, r_t  (n, Np, Np)  R_s, R_t of Eq. (4), their scale does not matter
     weights   (n,)         one per image
     columns   False: one cosine per image, over the flattened matrix (KD, Frobenius norm);
               True: L_cos = (1/Np) sum_i (1 - cos(R_t[:, i], R_s[:, i])), Eq. (6) of LLaVA-CKD

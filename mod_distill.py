@@ -1,7 +1,7 @@
 """LLaVA-MoD: mimic and preference distillation (§3.2, Eqs. 6-8, arXiv 2408.15881), one step a run.
 
     d2d  the dense student learns the teacher's distribution of the answers; projector and LLM are trained
-    d2s  its FFNs become experts, and Eq. (1) joins the KL; experts, routers and projector are trained
+    d2s  its FFNs become experts, and L_ar joins the KL; experts, routers and projector are trained
     pd   it learns to prefer the better of two answers, more than the teacher does; the same are trained
 
 The initialisation before them (Eq. 5) is dpt.py without --teacher.
@@ -43,18 +43,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_flags(parser, "models", [
         ("--step", STEPS, ..., "d2d and d2s: mimic distillation; pd: preference distillation"),
         ("--student", str, ..., "LLaVA checkpoint to train, hub name or folder; dense for d2d and d2s"),
-        ("--teacher", str, None, "LLaVA checkpoint to learn from, hub name or folder; none with --kl 0"),
+        ("--teacher", str, None, "LLaVA checkpoint to learn from, hub name or folder; not with --kl 0"),
         ("--teacher_dtype", ("auto", "bf16", "fp32"), "auto", "of the teacher's weights; auto: as --dtype"),
     ])  # fmt: skip
     only = {MIMIC: [
         ("--distill", ("response", "response+instruction"), "response", "rows of the KL; MoD Table 7"),
         ("--kl", weight, 1.0, "weight of the KL, 0: none, and no teacher; MoD Eqs. 6, 7"),
-        ("--ar", weight, float(step == "d2s"), "weight of Eq. (1); MoD Eqs. 6, 7: 0 in d2d, 1 in d2s"),
+        ("--ar", weight, float(step == "d2s"), "weight of L_ar; MoD Eqs. 6, 7: 0 in d2d, 1 in d2s"),
     ], ("d2s",): [
         ("--experts", positive, 4, "copies of each FFN; MoD §4.1"),
         ("--top_k", positive, 2, "experts that each token gets; MoD §4.1"),
         ("--moe_layers", str, "every_other", "every_other, all, first_half or a list as 0,2; released code"),
-        ("--renormalise", bool, True, "kept routing values sum to 1; without: as MoD Eq. (3)"),
+        ("--renormalise", bool, True, "kept routing values sum to 1 (with --top_k 1 the router then "
+         "learns from the balance loss alone); without: as MoD Eq. (3)"),
     ], SPARSE: [
         ("--router", ("topk", "rsample", "jitter"), "topk", "how experts are picked; MoD Table 14"),
         ("--balance", weight, 0.01, "weight of the balance loss; released code"),
@@ -73,6 +74,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                 parser.error(f"{name} is for --step {' and '.join(steps)}, not for {args.step}")
     if not args.teacher and (args.step == "pd" or args.kl):
         parser.error(f"--step {args.step} needs --teacher" + ", or --kl 0" * (args.step != "pd"))
+    if args.step != "pd" and not args.kl and (args.teacher or not args.ar):
+        parser.error("--kl 0 needs --ar above 0, which is then all that is learned, and no --teacher")
     return args
 
 
@@ -87,9 +90,9 @@ def main(argv: list[str] | None = None) -> None:
 
         # ---- models, and what is trained
         student = Llava.from_checkpoint(args.student)
-        pd = "is dense: --step pd goes on from --step d2s, run that first"
-        mimic = f"is sparse already: --step {args.step} begins with a dense student"
-        require(is_sparse(student) == preference, f"{args.student} {pd if preference else mimic}")
+        dense = "is dense: --step pd goes on from --step d2s, run that first"
+        moe = f"is sparse already: --step {args.step} begins with a dense student"
+        require(is_sparse(student) == preference, f"{args.student} {dense if preference else moe}")
         if args.step == "d2s":
             sparsify(student, args.experts, args.top_k, args.moe_layers, args.renormalise)
         student.to(ranks.device).requires_grad_(not sparse).vision_tower.requires_grad_(False)
@@ -115,10 +118,8 @@ def main(argv: list[str] | None = None) -> None:
         ranks.catch_signals()
         w_s, w_t = student.lm_head.weight, teacher.lm_head.weight if teacher else None  # (V, D)
 
-        def passes(
-            batch: Batch, forward: Callable[..., Tensor]
-        ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-            """Hidden states (B, T, D) of student and teacher, and the log-ratios of pairs (2, B)."""
+        def passes(batch: Batch, forward: Callable[..., Tensor], teacher: Llava | None) -> tuple:
+            """Hidden states (B, T, D) of student and teacher; with both, log-ratios (2, B) of pairs."""
             answers = (2, 1, 1) if preference else (1, 1, 1)  # that see one image
             with run.autocast():
                 z = student.encode_images(batch.pixel_values).repeat(answers)  # (n, Np, C)
@@ -129,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
                         if teacher.vision_tower:
                             z = teacher.encode_images(batch.teacher_pixels).repeat(answers)
                         h_t = teacher(batch.input_ids, z)
-            if not preference:
+            if not (preference and teacher):
                 return h_s, h_t, None
             with torch.no_grad():
                 reference = log_p(batch, (h_t.to(w_t.dtype), w_t))
@@ -143,17 +144,18 @@ def main(argv: list[str] | None = None) -> None:
         for step, micros in micro_batches(data, steps, first, run):
             torch.manual_seed(hash((args.seed, step, ranks.rank)))  # the same after an interruption
             lr = set_lr(optimizer, step, len(steps), args.lr, args.warmup)
-            n = count_rows(micros, ranks)  # rows of each kind in the global batch
+            n = count_rows(micros, ranks)  # rows, images, tokens of the global batch
             check_samples(run, micros, n.bad)
-            logged, whole = [], None  # whole: `sums` over the global batch, which some losses must know
+            logged, whole = [], None  # whole: `sums` over the global batch; balance loss and KTO need them
             if sparse and len(micros) > 1:
+                teaches = teacher if args.po == "kto" else None
                 with torch.no_grad(), torch.random.fork_rng():  # router noise will be the same again below
-                    ahead = (passes(batch.to(ranks.device), student)[2] for batch in micros)
+                    ahead = (passes(batch.to(ranks.device), student, teaches)[2] for batch in micros)
                     whole = ranks.sum(sum(sums(ratios) for ratios in ahead))
             for k, batch in enumerate(micros, 1):
                 batch = batch.to(ranks.device)
                 with ranks.exchange_gradients(now=k == len(micros)):
-                    h_s, h_t, ratios = passes(batch, forward)
+                    h_s, h_t, ratios = passes(batch, forward, teacher)
                 if sparse and whole is None:
                     whole = ranks.sum(sums(ratios))
                 if preference:
@@ -172,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm or torch.inf)
             if all_finite(run, step, logged, grad_norm, micros):
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=ranks.world == 1)  # DDP keeps gradients where they are
+            optimizer.zero_grad(set_to_none=ranks.world == 1)  # DDP keeps them in its buckets
             write_log(run, step, lr, logged, grad_norm, n.tokens)
             save_state_if_due(run, step, student, optimizer)
             stop_if_asked(run, step, student, optimizer)
@@ -199,8 +201,8 @@ def mimic_loss(
 
 
 def log_p(batch: Batch, model: Head) -> Tensor:
-    """log pi(y|x) of every answer (2B,), summed over its tokens: Eq. (8) is no sum over rows. The logits are
-    formed in chunks, and once more in the backward pass.
+    """log pi(y|x) of every answer (2B,), summed over its tokens: Eq. (8) is not linear in the rows. The
+    logits are formed in chunks, and once more in the backward pass.
     """
     (h, w), rows = model, batch.response
 

@@ -38,7 +38,7 @@ class Llava(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path: str, dtype: torch.dtype = torch.float32, weights: bool = True) -> Llava:
-        """A LLaVA-format checkpoint, own or published (hub name or folder), or only its shapes."""
+        """A LLaVA-format checkpoint, own or published, hub name or folder; or its shapes alone."""
         return cls(*load_stock(path, dtype, weights))
 
     @property

@@ -28,7 +28,7 @@ class Router(stock.Qwen2MoeTopKRouter):
 
     kind = "topk"
     real: Tensor | None = None  # (N,) of the coming batch: True at tokens, False at padding
-    keeps: bool = True  # whether r is kept: not in a checkpoint's second pass, which it would keep alive
+    keeps: bool = True  # whether r is kept: not when layers are recomputed, whose tensors it would keep alive
     r: Tensor  # (N, E), the routing values of the last batch
     chosen: Tensor  # (N, k), and the experts
 
@@ -68,7 +68,7 @@ class Experts(stock.Qwen2MoeExperts):
 def sparsify(student: Llava, experts: int, top_k: int, layers: str, renormalise: bool = True) -> None:
     """Sparse upcycling: each chosen layer's FFN becomes `experts` copies of itself and a linear router."""
     config = student.config.text_config
-    only = "cannot be made sparse, only a dense Qwen1.5, 2 or 2.5 ('qwen2')"
+    only = "cannot be made sparse; only a dense Qwen1.5, 2 or 2.5 ('qwen2') can"
     require(config.model_type == "qwen2", f"a '{config.model_type}' language model {only}")
     advice = f"each token needs 1 to {experts} experts"
     require(1 <= top_k <= experts, f"--top_k {top_k} of --experts {experts}: {advice}")
@@ -95,9 +95,9 @@ def sparsify(student: Llava, experts: int, top_k: int, layers: str, renormalise:
 def chosen_layers(layers: str, n: int) -> list[int]:
     """`every_other`, `all`, `first_half`, or a list such as 0,2,5 -> the numbers of the layers."""
     named = {"every_other": range(0, n, 2), "all": range(n), "first_half": range(n // 2)}
-    picked = named.get(layers) or [int(i) if i.isdigit() else n for i in layers.split(",")]
+    picked = named.get(layers, [int(i) if i.isdecimal() else n for i in layers.split(",")])
     choices = f"{', '.join(named)} nor a list of layers from 0 to {n - 1}"
-    require(max(picked) < n, f"--moe_layers {layers!r} is neither {choices}")
+    require(max(picked, default=n) < n, f"--moe_layers {layers!r} is neither {choices}")
     return sorted(set(picked))
 
 
@@ -132,7 +132,8 @@ def expert_load(student: Llava) -> Tensor:
 
 def balance(student: Llava, load: Tensor, n_tokens: float) -> Tensor:
     """The last batch's share of the balance loss, averaged over sparse layers; load (sparse layers, E) holds
-    the experts' shares f_i of the tokens in the global batch, which has n_tokens.
+    the experts' shares f_i of the tokens in the global batch, which has n_tokens. After this the routers keep
+    nothing until the next `route`.
     """
     losses = []
     for router, f in zip(parts(student, Router), load.float()):

@@ -1,6 +1,7 @@
 """Supervised Fine-Tuning: the second stage of LLaVA-KD (§3.3.2, Eq. 1, arXiv 2410.16236v1).
 
-Trained: projector and LLM. Frozen: vision tower. The teacher is made with this very script too (§3.2).
+Trained: projector and LLM. Frozen: vision tower. The teacher is made by this script too (§3.2).
+Departure: the sum over tokens in Eq. 1 is a mean over the rows of the global batch.
 
     torchrun --nproc_per_node 8 sft.py --student out/dpt \\
         --data llava_v1_5_mix665k.json --images IMAGES --out out/sft
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         for step, micros in micro_batches(data, steps, first, run):
             torch.manual_seed(hash((args.seed, step, ranks.rank)))  # the same after an interruption
             lr = set_lr(optimizer, step, len(steps), args.lr, args.warmup)
-            n = count_rows(micros, ranks)  # rows of each kind in the global batch
+            n = count_rows(micros, ranks)  # rows, images, tokens of the global batch
             check_samples(run, micros, n.bad)
             losses = []
             for k, batch in enumerate(micros, 1):
@@ -67,7 +68,8 @@ def main(argv: list[str] | None = None) -> None:
                     z = student.encode_images(batch.pixel_values)  # (n, Np, C)
                     h_s = forward(batch.input_ids, z)  # (B, T, D_s)
 
-                # ---- Eq. (1). Rows hold log phi_s (N, V) and the next token y (N,)
+                # ---- Eq. (1), a sum over rows. `over_rows` forms the logits and calls this on a few rows at
+                # a time: log phi_s (N, V) and the next token y (N,)
                 def objective(response):
                     l_reg = autoregressive_loss(response.log_s, response.y, 1 / n.response)
                     return l_reg, {"l_reg": l_reg}
@@ -79,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm or torch.inf)
             if all_finite(run, step, losses, grad_norm, micros):
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=ranks.world == 1)  # DDP keeps gradients where they are
+            optimizer.zero_grad(set_to_none=ranks.world == 1)  # DDP keeps them in its buckets
             write_log(run, step, lr, losses, grad_norm, n.tokens)
             save_state_if_due(run, step, student, optimizer)
             stop_if_asked(run, step, student, optimizer)

@@ -141,8 +141,8 @@ def step(args: argparse.Namespace, tokens: int) -> dict[str, float]:
     most = max(during, need["gradients"] + need["backward"])
     need["together"] = need["student"] + need["teacher"] + need["optimizer"] + most + SET_ASIDE * gpu
 
-    # ---- arithmetic: two operations for a weight and token, two for the gradient of what goes in, and two for
-    # the gradient of the weight, if it is trained. Attention's own products are left out.
+    # ---- arithmetic: two operations for a weight and token, two for the gradient of what goes in, and two
+    # for the gradient of the weight, if it is trained. Attention's own products are left out.
     passes, moved = 2 + args.gradient_checkpointing, min(part, n["body"]) - (part > 0) * n["idle"]
     flops = 2 * tokens * answers * ((n["body"] - n["idle"]) * passes + moved + t["body"])
     flops += 2 * n_visual * (n["vision"] + t["vision"] + 3 * n["projector"] + t["projector"])

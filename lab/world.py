@@ -19,6 +19,7 @@ import transformers as hf
 from PIL import Image, ImageDraw
 from tokenizers import ByteLevelBPETokenizer
 
+from support.flags import new_parser
 from support.run import set_lr
 
 BASE = Path(__file__).parent.parent / "assets" / "toy"
@@ -237,7 +238,8 @@ def make_llm(out: Path, tokenizer: hf.Qwen2Tokenizer, width: int, layers: int, s
     tokenizer.save_pretrained(out)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    new_parser(__doc__).parse_args(argv)
     print("SigLIP tower")
     make_tower(BASE / "siglip", steps=3000)
     tokenizer = make_tokenizer()

@@ -154,8 +154,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def pixels_alone(path: str) -> io.BytesIO:
-    """A PNG file without its comments, colour profiles and other parts that the pixels do not need; the
-    error that is being handled, if it is no PNG.
+    """A PNG file without its comments, colour profiles and other parts that the pixels do not need; for
+    other files the error that led here is raised again.
     """
     with open(path, "rb") as file:
         kept = [file.read(8)]

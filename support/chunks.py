@@ -23,7 +23,7 @@ class Rows(NamedTuple):
 
     log_s: Tensor  # (N, V_s) the student's log-probabilities of the next token
     log_t: Tensor | None  # (N, V_t) the teacher's
-    y: Tensor  # (N,) the next token
+    y: Tensor  # (N,) the next token where it is learned, else -100
 
 
 def over_rows(
@@ -35,10 +35,10 @@ def over_rows(
     objective  a function of one `Rows` for each kind, which must be a sum over rows. It is called with a few
                rows of one kind and none of the others, until all rows have passed
     kinds      a mask (B, T) for each of its arguments; None for no rows
-    y          (B, T) the token that follows each position
-    Logits have the precision of the student's hidden states and of the teacher's head; all else is fp32 (fp64
-    for an fp64 student). The gradients are ready when this returns: the loss may be scaled, added to others
-    and differentiated once (RuntimeError after that).
+    y          (B, T) the next token where it is learned, else -100
+    Logits and their gradients have the precision of the student's hidden states and of the teacher's head;
+    softmax and losses are fp32 (fp64 for an fp64 student). The gradients are ready when this returns: the
+    loss may be scaled, added to others and differentiated once (RuntimeError after that).
     """
     kinds = [torch.zeros_like(y, dtype=torch.bool) if kind is None else kind for kind in kinds]
     pick = lambda x: torch.cat([x[kind] for kind in kinds])  # noqa: E731  # (N, ...), kind by kind
@@ -73,7 +73,7 @@ class _OverRows(torch.autograd.Function):
                     loss, terms = objective(*(mine if k == kind else none for k in range(len(sizes))))
                     z_s[part] = torch.autograd.grad(loss, leaf)[0] if loss.requires_grad else 0
                 values = values + torch.stack([loss, *terms.values()]).detach()
-            torch.mm(z_s, head_s, out=d_hidden[rows])  # z_s holds its own gradient now
+            torch.mm(z_s, head_s, out=d_hidden[rows])  # z_s now holds d loss / d z_s
             if d_head is not None and d_head.dtype == z_s.dtype:
                 d_head.addmm_(z_s.T, hidden[rows])
             elif d_head is not None:  # products in bf16, their sum in fp32
@@ -110,10 +110,7 @@ def _logits(hidden: Tensor, head: Tensor, out: Tensor) -> Tensor:
 class _Gram(torch.autograd.Function):
     @staticmethod
     def forward(ctx, head, n_ids):
-        ctx.head, ctx.n_ids = (
-            head,
-            n_ids,
-        )  # not saved as tensors: each micro-batch of a step goes back through it
+        ctx.head, ctx.n_ids = head, n_ids  # no saved tensors: every micro-batch goes back through it
         width, full = head.shape[1], torch.promote_types(head.dtype, torch.float32)
         g = head.new_zeros(width, width, dtype=full)
         for w in head[:n_ids].split(1 << 14):

@@ -52,7 +52,7 @@ def add_flags(parser: argparse.ArgumentParser, title: str, rows: list[tuple]) ->
     """
     group = parser.add_argument_group(title)
     for name, kind, default, text in rows:
-        shown = "" if default in (..., None) else f" (default: {default})".replace("%", "%%")
+        shown = "" if default in (..., None, "") else f" (default: {default})".replace("%", "%%")
         options = {"help": text + shown} | ({"required": True} if default is ... else {"default": default})
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -77,8 +77,8 @@ def to_argv(**flags: object) -> list[str]:
 def add_student_flags(parser: argparse.ArgumentParser, llm: str) -> None:
     """What the student is made of, where a stage may begin with a new one; `llm` names the paper's."""
     add_flags(parser, "student", [
-        ("--vision", str, None, "vision tower of a new student, hub name or folder; as SigLIP-so400m-384"),
-        ("--llm", str, None, f"language model of a new student, hub name or folder; as {llm}"),
+        ("--vision", str, None, "vision tower of a new student, hub name or folder; SigLIP-so400m-384"),
+        ("--llm", str, None, f"language model of a new student, hub name or folder; paper: {llm}"),
         ("--student", str, None, "LLaVA checkpoint to train, instead of --vision and --llm"),
         ("--template", ("teacher", "own"), "teacher", "whose chat template, tokenizer and image "
          "preparation a new student has; without a teacher this project's own"),
@@ -118,7 +118,7 @@ def add_training_flags(parser: argparse.ArgumentParser, lr: float, batch: int, s
         ("--warmup", share, 0.03, "share of the steps in which the rate rises, then a cosine; as LLaVA-1.5"),
         ("--weight_decay", weight, 0.0, "AdamW's; as LLaVA-1.5"),
         ("--max_grad_norm", weight, 1.0, "clip gradients to this norm, 0: off; as TinyLLaVA's trainer"),
-        ("--seed", number(int, 0, 2**63 - 1), 0, "of the new projector and the order of samples"),
+        ("--seed", number(int, 0, 2**63 - 1), 0, "of new weights, the order of samples and router noise"),
         ("--dtype", ("auto", "bf16", "fp32"), "auto", "of arithmetic, weights stay fp32; auto: bf16 on CUDA"),
         ("--gradient_checkpointing", bool, False, "recompute the student's layers in the backward pass"),
         ("--shard", ("none", "optimizer"), "none", "optimizer: each rank keeps a share of AdamW's state"),
@@ -129,5 +129,5 @@ def add_training_flags(parser: argparse.ArgumentParser, lr: float, batch: int, s
         ("--keep", positive, 2, "training states to keep"),
         ("--resume", bool, None, "default: an interrupted run in OUT goes on if its code is unchanged; "
          "--resume: even if its code has changed; --no-resume: the run starts again"),
-        ("--max_bad_steps", natural, 0, "steps to leave out because loss or gradient are not finite"),
+        ("--max_bad_steps", natural, 0, "leave out up to so many steps whose loss or gradient is not finite"),
     ])  # fmt: skip

@@ -53,7 +53,7 @@ class Run:
 
 
 def precision(name: str, auto: torch.dtype) -> torch.dtype:
-    """The flag --dtype or --teacher_dtype, `auto` being what it calls auto."""
+    """The flag --dtype or --teacher_dtype, `auto` is what "auto" stands for."""
     return {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
@@ -125,8 +125,11 @@ def begin(run: Run, student: nn.Module, data, n_steps: int, first: int) -> None:
     leave_out(run, data.bad)
     where = f"{run.ranks.world} rank(s) on {run.ranks.device.type}, {args.micro_batch} samples at a time"
     run.say(f"  {where}, {str(run.dtype)[6:]}")
+    seen = set()  # a tied head is the embedding's weight
     for name, part in student.named_children():
-        n = [sum(p.numel() for p in part.parameters() if p.requires_grad == on) for on in (True, False)]
+        mine = [p for p in part.parameters() if p not in seen]
+        seen.update(mine)
+        n = [sum(p.numel() for p in mine if p.requires_grad == on) for on in (True, False)]
         run.say(f"  {name:22s} trained {n[0]:>13,d}   frozen {n[1]:>13,d}")
     if first:
         run.say(f"  goes on after step {first}")
@@ -168,7 +171,7 @@ def leave_out(run: Run, messages: list[str]) -> None:
 
 
 def all_finite(run: Run, step: int, losses: list[dict[str, Tensor]], grad_norm: Tensor, micros: list) -> bool:
-    """Whether gradient and losses of all ranks are finite. More than --max_bad_steps others end the run."""
+    """Whether gradient and losses of all ranks are finite; an InputError after too many that are not."""
     rank, bad = run.ranks.rank, torch.zeros(run.ranks.world + 1, device=run.ranks.device)
     bad[rank] = not math.isfinite(sum(terms["loss"].item() for terms in losses))  # of each rank
     bad[-1] = not math.isfinite(grad_norm.item())

@@ -205,7 +205,7 @@ def test_help_states_every_default(script, monkeypatch, capsys):
     for action in parser._actions:
         assert action.help, action.option_strings
         assert action.type is not bool
-        if not action.required and action.default not in (None, argparse.SUPPRESS):
+        if not action.required and action.default not in (None, "", argparse.SUPPRESS):
             assert "default" in action.help, action.option_strings
 
 
