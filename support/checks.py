@@ -123,13 +123,12 @@ def check_images(where: str, images: list[str], n_markers: int, image_root: str,
 
 def load_image(where: str, image_root: str, path: str) -> Image.Image:
     """The image as RGB, upright, on white where it is transparent; an InputError names sample and file."""
-    full = os.path.join(image_root, path)
+    full = os.path.normpath(os.path.join(image_root, path))  # as it was checked: "link/.." is elsewhere
     try:
-        try:
-            return as_rgb(Image.open(full))
-        except Exception:  # of a PNG perhaps for a broken comment alone
+        return as_rgb(Image.open(full))
+    except Exception as error:  # Pillow raises whatever its decoders do, also for a PNG's broken comment
+        with contextlib.suppress(Exception):
             return as_rgb(Image.open(pixels_alone(full)))
-    except Exception as error:  # Pillow raises whatever its decoders do
         raise InputError(f"{where}: image {full} cannot be read ({error})") from None
 
 
@@ -154,13 +153,9 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def pixels_alone(path: str) -> io.BytesIO:
-    """A PNG file without its comments, colour profiles and other parts that the pixels do not need; for
-    other files the error that led here is raised again.
-    """
+    """A PNG file without its comments, colour profiles and other parts that the pixels do not need."""
     with open(path, "rb") as file:
         kept = [file.read(8)]
-        if kept != [b"\x89PNG\r\n\x1a\n"]:
-            raise
         while len(head := file.read(8)) == 8:
             size, kind = struct.unpack(">I4s", head)
             chunk = file.read(size + 4)  # with its checksum

@@ -119,9 +119,7 @@ def begin(run: Run, student: nn.Module, data, n_steps: int, first: int) -> None:
     left_out = f", {data.n_too_long} more have prompts longer than --max_len" if data.n_too_long else ""
     run.say(f"{stage}: {n_steps} steps of {args.global_batch} of {len(data)} samples{left_out}")
     if data.n_unmarked:
-        run.say(
-            f"  {data.n_unmarked} samples have images but no <image>: they go first in the first question"
-        )
+        run.say(f"  {data.n_unmarked} samples have images but no <image>: they go first in the question")
     leave_out(run, data.bad)
     where = f"{run.ranks.world} rank(s) on {run.ranks.device.type}, {args.micro_batch} samples at a time"
     run.say(f"  {where}, {str(run.dtype)[6:]}")

@@ -146,6 +146,8 @@ def test_links_are_followed_and_paths_stay_inside(tmp_path):
         record = {"image": path, "conversations": MARKED}
         assert check_sample("s", record, root, exist=path != "x/../coco/1.png").images == [path]
     assert load_image("s", root, f"{root}/coco/1.png").size == (4, 4)
+    with pytest.raises(InputError, match="image .*images/disk/1.png cannot be read .*No such file"):
+        load_image("s", root, "coco/../disk/1.png")  # which the file system would find beside the link's end
     for path in "../disk/1.png", str(tmp_path / "disk/1.png"), "coco/../../disk/1.png":
         with pytest.raises(InputError, match="leaves the image folder"):
             check_sample("s", {"image": path, "conversations": MARKED}, root)
