@@ -119,7 +119,7 @@ def name_of_attempt(store: dist.Store, rank: int, world: int) -> str:
         if store.add(name, int(name != confirmed)) == world:
             return name
         confirmed = name
-        time.sleep(0.02)
+        time.sleep(0.005)
 
 
 def ignore_signals(_: int) -> None:

@@ -2,10 +2,12 @@
 
 import json
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import NP, ROOT, launch, turns
+from conftest import NP, ROOT, turns
 from PIL import Image
 
 from lab import look
@@ -143,7 +145,11 @@ def test_a_part_is_spread_evenly():
     assert look.spread(10, 0) == []
 
 
-def test_data_py_looks_and_no_stage_depends_on_how(world, checkpoints):
+def test_data_py_looks_and_no_stage_depends_on_how(world, checkpoints, monkeypatch, capsys):
     argv = [str(world / "train.json"), "--images", str(world / "images"), "--model", checkpoints["small"]]
-    assert launch("data.py", argv).stdout.splitlines()[-1].startswith("fit to train on")
+    monkeypatch.setattr(sys, "argv", ["data.py", *argv])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "data.py"), run_name="__main__")
+    assert end.value.code == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("fit to train on")
     assert not [file for file in code_of(Path(ROOT, "sft.py")) if file.startswith("lab")]
