@@ -15,6 +15,7 @@ from conftest import data_flags, open_data, turns
 from PIL import Image, PngImagePlugin
 from transformers import AutoProcessor, Gemma2Config, GemmaConfig, PhiConfig
 
+import dpt
 import sft
 from data import IGNORE
 from model import Llava
@@ -66,6 +67,14 @@ def test_images_without_a_marker_are_counted(world, checkpoints, tmp_path, capsy
     flags = data_flags(world, data=tmp_path / "d.json", out=tmp_path / "out", max_steps=1)
     sft.main(["--student", checkpoints["small"], *flags])
     assert "  4 samples have images but no <image>" in capsys.readouterr().out
+
+
+def test_pre_training_on_text_alone_is_refused(world, parts, tmp_path):
+    """It trains the projector, which text does not reach."""
+    (tmp_path / "d.json").write_text(json.dumps([{"conversations": TALK}] * 8))
+    flags = data_flags(world, data=tmp_path / "d.json", out=tmp_path / "out")
+    with pytest.raises(InputError, match="d.json has no image: only the projector is trained"):
+        dpt.main(["--vision", parts["vision"], "--llm", parts["small"], *flags])
 
 
 def test_published_preference_data_are_read():
