@@ -128,7 +128,7 @@ def open_data(root: Path) -> None:
     from transformers import AutoTokenizer
 
     from data import LlavaData, global_batches
-    from model import CHAT_TEMPLATE, IMAGE_TOKEN
+    from support.chat import CHAT_TEMPLATE, IMAGE_TOKEN, Chat
     from support.ranks import process_group
 
     class Processor:
@@ -145,7 +145,8 @@ def open_data(root: Path) -> None:
         args = SimpleNamespace(
             data=str(root / "data.json"), images=str(root / "images"), max_len=2048, skip_bad=0
         )
-        data = LlavaData(args, SimpleNamespace(processor=Processor, n_visual_tokens=729, vision_tower=True))
+        student = {"processor": Processor, "chat": Chat(Processor), "n_visual_tokens": 729}
+        data = LlavaData(args, SimpleNamespace(**student, vision_tower=True))
         opened = time.time() - begun
         batches = global_batches(data, 128, "0", True)
 
