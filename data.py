@@ -94,7 +94,8 @@ class LlavaData(Dataset):
         seeing = [model for model in (student, teacher) if model and model.vision_tower]
         self.image_processors = [model.processor.image_processor for model in seeing]
         self.check = check_pair if pairs else check_sample
-        checks = "" if args.skip_bad else f"images in {os.path.realpath(args.images)}"
+        checks = f"images in {os.path.abspath(args.images)}"  # absolute paths are inside of it, or not
+        checks += "" if args.skip_bad else f" at {os.path.realpath(args.images)}"
         self.index = Index(args.data, f"{self.check.__name__} {checks}", 6, self.measure, args.skip_bad > 0)
         self.bad, n = self.index.bad, len(self.index.bad) + len(self.index.sizes)
         advice = f"{len(self.bad)} of {n} samples are bad, more than --skip_bad {args.skip_bad} allows"
@@ -107,7 +108,11 @@ class LlavaData(Dataset):
         if pairs:  # to the end of both answers, since cut ones may be the same
             fits &= n_images * encoder.n_visual + extra * (turns + 2) + n_bytes < encoder.max_len
         for i in (~fits).nonzero().flatten().tolist():
-            rows = self.code(self.sample(i)[1])
+            try:
+                rows = self.code(self.sample(i)[1])
+            except InputError:  # named, and counted by --skip_bad, when it is met
+                fits[i] = True
+                continue
             learned = all(any(target != IGNORE for target in targets) for _, targets in rows)
             fits[i] = learned and (not pairs or rows[0] != rows[1])
         self.usable, self.n_too_long = fits.nonzero().flatten(), int((~fits).sum())

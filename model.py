@@ -55,13 +55,21 @@ class Llava(nn.Module):
         if not len(pixel_values):  # the tower's attention cannot reshape nothing
             shape = 0, self.n_visual_tokens, self.config.vision_config.hidden_size
             return torch.zeros(shape, dtype=self.vision_tower.dtype, device=pixel_values.device)
-        layers, x = self.vision_tower.encoder.layers, self.normalise(pixel_values).to(self.vision_tower.dtype)
-        x = self.vision_tower.embeddings(x)  # hidden state 0
-        if hasattr(self.vision_tower, "pre_layrnorm"):  # CLIP has one, SigLIP has none
-            x = self.vision_tower.pre_layrnorm(x)
-        for layer in layers[: range(len(layers) + 1)[self.config.vision_feature_layer]]:
+        before, layers = self.parts_that_see()
+        x = self.normalise(pixel_values).to(self.vision_tower.dtype)
+        for part in before:
+            x = part(x)  # hidden state 0
+        for layer in layers:
             x = layer(x, attention_mask=None)
         return x[:, 1:] if self.config.vision_feature_select_strategy == "default" else x
+
+    def parts_that_see(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """The tower's parts that are run: those before its layers, and the layers up to vision_feature_layer."""
+        tower, layers = self.vision_tower, list(self.vision_tower.encoder.layers)
+        before = [
+            getattr(tower, name) for name in ("embeddings", "pre_layrnorm") if hasattr(tower, name)
+        ]  # CLIP's
+        return before, layers[: range(len(layers) + 1)[self.config.vision_feature_layer]]
 
     def normalise(self, pixel_values: Tensor) -> Tensor:
         """Bytes -> what the tower takes: the image processor's own last steps, done on the model's device."""
@@ -101,12 +109,13 @@ class Llava(nn.Module):
         require(said[0] == said[1], differ)
 
     def sees_like(self, teacher: Llava) -> bool:
-        """Whether both turn an image into the same features Z_v."""
-        how = [(m.processor.image_processor.to_dict(), m.config.vision_feature_layer,
-                m.config.vision_feature_select_strategy) for m in (self, teacher)]  # fmt: skip
-        a, b = self.vision_tower.state_dict(), teacher.vision_tower.state_dict()
-        same_shapes = {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
-        return how[0] == how[1] and same_shapes and all(torch.equal(a[k].to(b[k].dtype), b[k]) for k in a)
+        """Whether both turn an image into the same features Z_v; layers that are not read may differ."""
+        how = [(m.processor.image_processor.to_dict(), m.config.vision_feature_select_strategy)
+               for m in (self, teacher)]  # fmt: skip
+        a, b = ([p for parts in m.parts_that_see() for part in parts for p in part.parameters()]
+                for m in (self, teacher))  # fmt: skip
+        same_shapes = [p.shape for p in a] == [p.shape for p in b]
+        return how[0] == how[1] and same_shapes and all(torch.equal(p.to(q.dtype), q) for p, q in zip(a, b))
 
     def save(self, out: str | Path) -> None:
         """Write a checkpoint that `LlavaForConditionalGeneration` and `AutoProcessor` load unchanged."""

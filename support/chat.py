@@ -66,10 +66,14 @@ class Chat:
         """The template's text; `ask`: with the prompt of the answer that comes next."""
         options = {"chat_template": self.template, "tokenize": False, "add_generation_prompt": ask}
         try:
-            return self.tokenizer.apply_chat_template(messages, **options)
+            text = self.tokenizer.apply_chat_template(messages, **options)
         except Exception as error:  # whatever Jinja, or the template by itself, raises
             name = self.tokenizer.name_or_path
             raise InputError(f"the chat template of {name} cannot write a conversation: {error}") from None
+        n = sum(part["type"] == "image" for m in messages for part in m["content"])
+        lost = f"the chat template of {self.tokenizer.name_or_path} leaves an image out: {text!r}"
+        require(text.count(IMAGE_TOKEN) >= n, lost)
+        return text
 
     def begins(self, text: str) -> bool:
         """Whether the tokenizer's own begin token must be added, as stock processors do."""

@@ -75,7 +75,8 @@ def check_pair(where: str, record: object, image_root: str, exist: bool = True) 
             turns = [{"from": "human", "value": record.get("question")}, {"from": "gpt", "value": turns}]
         one = {k: v for k, v in record.items() if k not in ("messages", *pair)} | {"conversations": turns}
         sample = check_sample(f"{where}, {key}", one, image_root, exist)
-        require(len(sample.conversations[0]) == len(turns), f"{where}, {key}, ends without an answer")
+        whole = len(sample.conversations[0]) == len(turns)
+        require(whole, f"{where}, {key}, must begin with a question and end with an answer")
         pair.append(sample.conversations[0])
     alike = pair[0][:-1] == pair[1][:-1]
     require(alike, f"{where}: 'chosen' and 'rejected' differ before their last answer; they must not")
@@ -100,8 +101,11 @@ def images_of(where: str, record: dict) -> list[str]:
     """The paths under `image` or `images`: one, a list, or none."""
     films = [key for key in ("video", "videos") if record.get(key)]
     require(not films, f"{where} has {films[:1]}: films cannot be read, give pictures or leave it out")
-    images = record.get("image") or record.get("images") or []
-    images = [images] if isinstance(images, str) else images
+    a, b = (
+        [one] if isinstance(one, str) else one for one in (record.get(k) or [] for k in ("image", "images"))
+    )
+    require(not (a and b) or a == b, f"{where} has 'image' {a} and 'images' {b}; give one of them")
+    images = a or b
     paths = isinstance(images, list) and all(isinstance(p, str) and p and is_text(p) for p in images)
     require(paths, f"{where}: 'image' must be a path or a list of paths")
     return images

@@ -39,7 +39,10 @@ def new_llava(vision: str, llm: str, teacher: str | None = None) -> tuple[nn.Mod
         check_vocabularies((llm, own), (teacher, tokenizer))
         kind = lambda c: (c.model_type, c.image_size, c.patch_size)  # noqa: E731
         if kind(theirs.config.vision_config) == kind(tower_config):
-            image_processor, layer = processor.image_processor, theirs.config.vision_feature_layer
+            image_processor = processor.image_processor
+            theirs_n, n = theirs.config.vision_config.num_hidden_layers, tower_config.num_hidden_layers
+            read = range(theirs_n + 1)[theirs.config.vision_feature_layer]  # published towers end there
+            layer = min(read, n) - n - 1
             select = theirs.config.vision_feature_select_strategy
     else:
         tokenizer.add_tokens(hf.AddedToken(IMAGE_TOKEN, special=True, normalized=False))

@@ -78,7 +78,7 @@ class Ranks:
 def process_group() -> Iterator[Ranks]:
     """torchrun's processes, or a group of one. Inside another `process_group`, the same group again."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    tasks = os.environ.get("SLURM_NTASKS", "1")
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     each = f"each of Slurm's {tasks} tasks would be a run of its own, all in one --out; start one a node:"
     require("RANK" in os.environ or int(tasks) == 1, f"{each} srun --ntasks-per-node 1 torchrun ...")
     device, backend = torch.device("cpu"), "gloo"

@@ -115,7 +115,7 @@ def world(tmp_path_factory) -> Path:
     return root
 
 
-def open_data(path: Path, images: Path, processor, pairs=False, max_len=2048, caption_only=False):
+def open_data(path: Path, images: Path, processor, pairs=False, max_len=2048, caption_only=False, skip_bad=0):
     """The data of a file as a stage has it, for a student with this processor."""
     from types import SimpleNamespace
 
@@ -123,7 +123,7 @@ def open_data(path: Path, images: Path, processor, pairs=False, max_len=2048, ca
     from support.chat import Chat
 
     args = SimpleNamespace(
-        data=str(path), images=str(images), max_len=max_len, skip_bad=0, caption_only=caption_only
+        data=str(path), images=str(images), max_len=max_len, skip_bad=skip_bad, caption_only=caption_only
     )
     student = SimpleNamespace(
         processor=processor, chat=Chat(processor), n_visual_tokens=NP, vision_tower=True

@@ -221,3 +221,25 @@ def test_a_student_keeps_the_image_preparation_of_its_own_kind_of_tower(parts, t
     assert type(student.processor.image_processor) is SiglipImageProcessorPil
     assert student.config.vision_feature_select_strategy == "full"
     assert not student.sees_like(teacher)
+
+
+def test_a_teacher_whose_tower_was_cut_where_it_is_read(parts, tmp_path):
+    """As published: 26 of SigLIP's 27 layers, and layer -1. The student's whole tower is read there too."""
+    from transformers import AutoConfig
+
+    teacher = Llava.from_checkpoint(published(tmp_path / "whole", parts), torch.bfloat16)
+    teacher.vision_tower.encoder.layers = teacher.vision_tower.encoder.layers[:-1]
+    teacher.config.vision_config.num_hidden_layers = 2
+    teacher.save(tmp_path / "cut")
+    assert AutoConfig.from_pretrained(tmp_path / "cut").vision_feature_layer == -1
+    student = new_student(parts["vision"], parts["small"], str(tmp_path / "cut"))
+    assert student.config.vision_feature_layer == -2
+    assert student.sees_like(Llava.from_checkpoint(str(tmp_path / "cut"), torch.bfloat16))
+
+
+def test_a_template_that_writes_no_image_is_refused():
+    """As that of a language model alone, which would print the list of parts."""
+    template = "{% for m in messages %}{{ m.role + ' ' + (m.content | string) + eos_token }}{% endfor %}"
+    chat = Chat(processor_of(template + "{% if add_generation_prompt %}assistant {% endif %}"))
+    with pytest.raises(InputError, match="leaves an image out"):
+        chat.encode(PROBE)

@@ -69,6 +69,35 @@ def test_images_without_a_marker_are_counted(world, checkpoints, tmp_path, capsy
     assert "  4 samples have images but no <image>" in capsys.readouterr().out
 
 
+def test_two_lists_of_images_must_be_one():
+    with pytest.raises(InputError, match=r"'image' \['a.png'\] and 'images' \['b.png'\]; give one of them"):
+        read({"image": "a.png", "images": ["b.png"], "conversations": MARKED})
+
+
+def test_an_index_of_another_image_folder_is_not_used(world, checkpoints, tmp_path):
+    """With --skip_bad too: absolute paths lie inside of a folder or outside."""
+    processor = AutoProcessor.from_pretrained(checkpoints["small"])
+    sample = {"image": str(world / "images/0.png"), "conversations": MARKED}
+    (tmp_path / "d.json").write_text(json.dumps([sample, {"conversations": TALK}]))
+    wrong, right = (open_data(tmp_path / "d.json", root, processor, skip_bad=1)
+                    for root in (tmp_path, world / "images"))  # fmt: skip
+    assert (len(wrong), len(wrong.bad)) == (1, 1)
+    assert (len(right), len(right.bad)) == (2, 0)
+
+
+def test_a_long_sample_that_cannot_be_encoded_is_named_when_it_is_met(checkpoints, tmp_path):
+    """As a system turn under a template that refuses those; its length is asked for beforehand."""
+    processor = AutoProcessor.from_pretrained(checkpoints["small"])
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    processor.chat_template = refuses + processor.chat_template
+    odd = [{"from": "system", "value": "be brief " * 40}, *TALK]
+    (tmp_path / "d.json").write_text(json.dumps([{"conversations": TALK}, {"conversations": odd}]))
+    data = open_data(tmp_path / "d.json", tmp_path, processor, max_len=100)
+    assert len(data) == 2
+    assert "sample 1 (id None): the chat template of" in data[1]["bad"]
+    assert "no system turns" in data[1]["bad"]
+
+
 def test_pre_training_on_text_alone_is_refused(world, parts, tmp_path):
     """It trains the projector, which text does not reach."""
     (tmp_path / "d.json").write_text(json.dumps([{"conversations": TALK}] * 8))

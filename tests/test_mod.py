@@ -424,7 +424,7 @@ def bad_records():
     yield change(chosen=[]), "no 'chosen' answer or conv"
     yield change(rejected=good["chosen"]), "same answer"
     yield change(rejected=turns("<image>\nother", "c")), "differ before their last answer"
-    yield change(chosen=turns("<image>\na", "b", "c")), "ends without an answer"
+    yield change(chosen=turns("<image>\na", "b", "c")), "must begin with a question and end with an answer"
     yield change(chosen="text"), "chosen, turn 0, needs .from."
     yield [1], "no 'chosen'"
 

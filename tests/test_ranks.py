@@ -150,11 +150,11 @@ def test_two_nodes_meet_again_after_one_has_lost_a_rank(tmp_path):
 
 
 def test_slurm_without_torchrun_is_refused(monkeypatch):
-    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(InputError, match="each of Slurm's 8 tasks .* srun --ntasks-per-node 1 torchrun"):
         with process_group():
             pass
-    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     with process_group() as ranks:
         assert ranks.world == 1
