@@ -64,11 +64,9 @@ class Llava(nn.Module):
         return x[:, 1:] if self.config.vision_feature_select_strategy == "default" else x
 
     def parts_that_see(self) -> tuple[list[nn.Module], list[nn.Module]]:
-        """The tower's parts that are run: those before its layers, and the layers up to vision_feature_layer."""
+        """The tower's parts that are run: those before its layers, and layers up to vision_feature_layer."""
         tower, layers = self.vision_tower, list(self.vision_tower.encoder.layers)
-        before = [
-            getattr(tower, name) for name in ("embeddings", "pre_layrnorm") if hasattr(tower, name)
-        ]  # CLIP's
+        before = [tower.embeddings] + ([tower.pre_layrnorm] if hasattr(tower, "pre_layrnorm") else [])
         return before, layers[: range(len(layers) + 1)[self.config.vision_feature_layer]]
 
     def normalise(self, pixel_values: Tensor) -> Tensor:

@@ -101,9 +101,8 @@ def images_of(where: str, record: dict) -> list[str]:
     """The paths under `image` or `images`: one, a list, or none."""
     films = [key for key in ("video", "videos") if record.get(key)]
     require(not films, f"{where} has {films[:1]}: films cannot be read, give pictures or leave it out")
-    a, b = (
-        [one] if isinstance(one, str) else one for one in (record.get(k) or [] for k in ("image", "images"))
-    )
+    given = [record.get(key) or [] for key in ("image", "images")]
+    a, b = ([one] if isinstance(one, str) else one for one in given)
     require(not (a and b) or a == b, f"{where} has 'image' {a} and 'images' {b}; give one of them")
     images = a or b
     paths = isinstance(images, list) and all(isinstance(p, str) and p and is_text(p) for p in images)
