@@ -48,18 +48,14 @@ def chain(tmp_path_factory, world, parts, checkpoints):
     return root
 
 
-def test_the_three_stages_on_two_ranks_equal_one_process(chain, world, parts, checkpoints, tmp_path):
+def test_stages_on_two_ranks_equal_one_process(chain, world, parts, checkpoints, tmp_path):
+    """SFT on two ranks is in test_ranks.py and, between these two, in test_ckd.py."""
     student = ["--vision", parts["vision"], "--llm", parts["small"]]
     teacher = ["--teacher", checkpoints["large"]]
     launch("dpt.py", [*student, *teacher, *data_flags(world, out=tmp_path / "dpt", micro_batch=2)], ranks=2)
-    launch(
-        "sft.py",
-        ["--student", f"{tmp_path}/dpt", *data_flags(world, out=tmp_path / "sft", micro_batch=4)],
-        ranks=2,
-    )
-    launch("dft.py", ["--student", f"{tmp_path}/sft", *teacher,
+    launch("dft.py", ["--student", f"{chain}/sft", *teacher,
                       *data_flags(world, out=tmp_path / "dft", micro_batch=1)], ranks=2)  # fmt: skip
-    for stage in "dpt", "sft", "dft":
+    for stage in "dpt", "dft":
         same_losses(log_of(chain / stage), log_of(tmp_path / stage))
     assert {p.name for p in (tmp_path / "dft").iterdir()} >= {"model.safetensors", "log.jsonl", "run.json"}
 
