@@ -84,11 +84,11 @@ def count_rows(micros: list[Batch], ranks: Ranks) -> Counts:
 
 class LlavaData(Dataset):
     """Checked samples of a data file. With `pairs`, each has a chosen and a rejected answer to one prompt;
-    with `see`, some must have an image.
+    with `needs_images`, some must have an image.
     """
 
     def __init__(self, args: Namespace, student: Llava, teacher: Llava | None = None, pairs: bool = False,
-                 see: bool = False):  # fmt: skip
+                 needs_images: bool = False):  # fmt: skip
         self.image_root, self.skip_bad, self.pairs = args.images, args.skip_bad, pairs
         self.encoder = encoder = Encoder(student, args.max_len, getattr(args, "caption_only", False))
         seeing = [model for model in (student, teacher) if model and model.vision_tower]
@@ -120,7 +120,7 @@ class LlavaData(Dataset):
         none = f"{args.data}: no training sample is left, {self.n_too_long} of {len(fits)} have"
         require(len(self), f"{none} {long}" + " or answers that are the same until there" * pairs)
         blind = f"{args.data} has no image: only the projector is trained, and text does not reach it"
-        require(not see or n_images[self.usable].any(), blind)
+        require(not needs_images or n_images[self.usable].any(), blind)
         self.n_images, self.n_unmarked = n_images[self.usable].tolist(), int(unmarked[self.usable].sum())
         tokens = n_bytes // 4 + n_images * encoder.n_visual  # about, for grouping
         self.lengths = tokens[self.usable].clamp_max(encoder.max_len).tolist()

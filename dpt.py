@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         forward = ranks.data_parallel(student.train())
 
         # ---- data, optimizer, and where an interrupted run was
-        data = LlavaData(args, student, teacher, see=True)  # text does not reach the projector
+        data = LlavaData(args, student, teacher, needs_images=True)  # text does not reach the projector
         steps = schedule(data, args)
         optimizer = make_optimizer(run, trained)
         first = load_state(run, student, optimizer)

@@ -90,9 +90,10 @@ def main(argv: list[str] | None = None) -> None:
 
         # ---- models, and what is trained
         student = Llava.from_checkpoint(args.student)
-        dense = "is dense: --step pd goes on from --step d2s, run that first"
-        moe = f"is sparse already: --step {args.step} begins with a dense student"
-        require(is_sparse(student) == preference, f"{args.student} {dense if preference else moe}")
+        wrong = f"is sparse already: --step {args.step} begins with a dense student"
+        if preference:
+            wrong = "is dense: --step pd goes on from --step d2s, run that first"
+        require(is_sparse(student) == preference, f"{args.student} {wrong}")
         if args.step == "d2s":
             sparsify(student, args.experts, args.top_k, args.moe_layers, args.renormalise)
         student.to(ranks.device).requires_grad_(not sparse).vision_tower.requires_grad_(False)
@@ -223,7 +224,7 @@ def preference_loss(
     ratios      (2, B)  log pi_S(y|x) / pi_T(y|x) of chosen and rejected answers
     ratio_sums  (2,)    their sums over the global batch
     """
-    n_pairs = max(args.global_batch - n.bad, 1)  # that can be read; a mean over none is 0 / 1
+    n_pairs = max(args.global_batch - n.bad, 1)  # that can be read; what means are divided by
     weights = batch.response.any(1).chunk(2)[0] / n_pairs  # (B,), 0 for a pair whose image could not be read
     (chosen, rejected), (chosen_kl, rejected_kl) = ratios, kl_baseline(ratio_sums / n_pairs).to(ratios)
     margin = args.beta * (chosen - rejected).detach()  # of rewards beta x log-ratio
