@@ -1,1 +1,1 @@
-"""The toy world, its report, and the benchmarks."""
+"""The toy world and its report, benchmarks, a plan of memory and time, a look at data."""

@@ -1,38 +1,56 @@
-"""Benchmarks: the losses at the papers' shapes, whole steps, and inference.
+"""Benchmarks: the losses at the papers' shapes, and inference.
 
     python -m lab.bench losses     this project, the published way, and the matrix products alone
-    python -m lab.bench step       one DFT step through dft.py against a plain one with stock transformers
-    python -m lab.bench paper      one DFT step with a 4B teacher and a 0.5B student, part by part
     python -m lab.bench infer --model CHECKPOINT    size, arithmetic, speed and memory of an answer
 
 Every measurement is a process of its own. Times are medians; memory is the peak of resident memory beyond
-weights, gradients, optimizer state and inputs (Linux); for infer it is all of it, or the GPU's. Weights are
-random, except for infer: nothing is downloaded. JSON lines end the output.
+weights and inputs (Linux); for infer it is all of it, or the GPU's. For losses, weights are random: nothing
+is downloaded. JSON lines end the output.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import platform
+import random
 import statistics
-import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from lab import steps
-from lab.steps import GAMMA, N_VISUAL, QWEN, V, forget_peak, in_own_process, memory
 from losses import autoregressive_loss, relation_loss, response_kl, self_correlation, visual_kl
+from support.chat import Chat, turn
+from support.checks import load_stock
 from support.chunks import gram, over_rows
-from support.flags import InputError, add_flags, cli, new_parser, positive, require
+from support.flags import add_flags, cli, new_parser, positive, require
 
-N_TEXT, D_S, D_T = 100, 1024, 2560  # KD §4.1: response tokens; widths of Qwen1.5-0.5B and 4B
+N_VISUAL, N_TEXT, V = 729, 100, 151_936  # SigLIP-384's patches, KD §4.1's response tokens, Qwen1.5's ids
+D_S, D_T, GAMMA = 1024, 2560, 0.5  # widths of Qwen1.5-0.5B and 4B; KD's weight of the relation loss
 N = N_VISUAL + N_TEXT
 IS_TEXT = torch.arange(N) >= N_VISUAL
+
+
+def memory(field: str) -> float:
+    """VmRSS (now) or VmHWM (peak) of this process in MiB."""
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) / 1024
+
+
+def in_own_process(function: Callable[..., dict], *arguments: object) -> dict:
+    """What the function returns in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+# ---------------------------------------------------------------------------------- the losses
 
 
 def inputs(dtype: torch.dtype, trained: bool) -> dict[str, Tensor]:
@@ -93,6 +111,9 @@ def only_products(x: dict[str, Tensor]) -> None:
         x["d_w"].addmm_(x["w_s"], x["g"])
 
 
+WAYS = {"published": published, "ours": ours, "products": only_products}
+
+
 def losses_of(how: str, dtype: str, head: str, repeats: int) -> dict:
     """Median seconds after one call to warm up, the peak MiB of another, and the norm of the gradient."""
     x = inputs({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], head == "trained")
@@ -100,7 +121,7 @@ def losses_of(how: str, dtype: str, head: str, repeats: int) -> dict:
 
     def run() -> float:
         x["h_s"].grad = x["w_s"].grad = None
-        loss = {"published": published, "ours": ours, "products": only_products}[how](x)
+        loss = WAYS[how](x)
         if loss is None:
             return 0.0
         loss.backward()
@@ -109,7 +130,7 @@ def losses_of(how: str, dtype: str, head: str, repeats: int) -> dict:
     run()
     x["h_s"].grad = x["w_s"].grad = None
     before = memory("VmRSS")
-    forget_peak()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     norm, peak = run(), memory("VmHWM") - before
     for _ in range(repeats):
         start = time.perf_counter()
@@ -120,12 +141,14 @@ def losses_of(how: str, dtype: str, head: str, repeats: int) -> dict:
 
 def bench_losses(args: argparse.Namespace) -> list[dict]:
     lines = []
-    for dtype, head in (("fp32", "frozen"), ("fp32", "trained"), ("bf16", "frozen")):
-        rows = {how: in_own_process(losses_of, how, dtype, head, args.repeats)
-                for how in ("published", "ours", "products")}  # fmt: skip
-        mine, theirs, products = rows["ours"], rows["published"], rows["products"]
-        check_equal(mine["norm"], theirs["norm"], 1e-4 if dtype == "fp32" else 3e-2)
-        show(f"losses, {dtype}, head {head}", rows, ["seconds", "MiB"])
+    for dtype, head in ("fp32", "frozen"), ("fp32", "trained"), ("bf16", "frozen"):
+        rows = {how: in_own_process(losses_of, how, dtype, head, args.repeats) for how in WAYS}
+        theirs, mine, products = rows.values()
+        difference, most = abs(mine["norm"] / theirs["norm"] - 1), 1e-4 if dtype == "fp32" else 3e-2
+        require(difference <= most, f"they do not compute the same: {mine['norm']} and {theirs['norm']}")
+        print(f"\nlosses, {dtype}, head {head}\n| {'':38s} |  seconds |      MiB |")
+        for how, row in rows.items():
+            print(f"| {how:38s} | {row['seconds']:8.2f} | {row['MiB']:8.2f} |")
         lines.append({"bench": "losses", "dtype": dtype, "head": head,
                       "time_vs_published": round(mine["seconds"] / theirs["seconds"], 3),
                       "memory_vs_published": round(mine["MiB"] / theirs["MiB"], 3),
@@ -133,36 +156,47 @@ def bench_losses(args: argparse.Namespace) -> list[dict]:
     return lines
 
 
-# ---------------------------------------------------------------------------------- whole steps, inference
+# ---------------------------------------------------------------------------------- inference
 
 
-def bench_step(args: argparse.Namespace) -> list[dict]:
-    """Time as users find it; memory in a second, short run of each that gives freed memory back."""
-    with tempfile.TemporaryDirectory() as root:
-        steps.write_models(Path(root), QWEN["0.5B"], QWEN["1.8B"])
-        theirs, mine = (in_own_process(f, root, args.repeats + 1) for f in (steps.stock_step, steps.dft_step))
-        for f, row in ((steps.stock_step, theirs), (steps.dft_step, mine)):
-            row["MiB"] = in_own_process(f, root, 2, **steps.GIVE_BACK)["MiB"]
-    check_equal(mine["loss"], theirs["loss"], 0.02)
-    title = "one DFT step: 0.5B student in fp32, 1.8B teacher in bf16, one sample of 729 + 100 tokens, AdamW"
-    show(title, {"stock": theirs, "dft": mine}, ["seconds", "MiB"])
-    return [{"bench": "step", "time_vs_stock": round(mine["seconds"] / theirs["seconds"], 3),
-             "memory_vs_stock": round(mine["MiB"] / theirs["MiB"], 3)}]  # fmt: skip
+def infer(path: str, repeats: int, n_new: int = 64) -> dict:
+    """One image, one question and `n_new` tokens of an answer, by the stock model, as others run it."""
+    on_gpu, base = torch.cuda.is_available(), memory("VmRSS")
+    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+    model, processor = load_stock(path, dtype)
+    model, size = model.to(device).eval(), model.config.vision_config.image_size
+    prompt = Chat(processor).render([turn("user", "What is this?", 1)], ask=True)
+    picture = Image.frombytes("RGB", (size, size), random.Random(0).randbytes(3 * size * size))
+    question = processor(images=picture, text=prompt, return_tensors="pt").to(device, dtype)
 
+    def seconds(n_tokens: int) -> float:
+        start = time.perf_counter()
+        model.generate(**question, do_sample=False, min_new_tokens=n_tokens, max_new_tokens=n_tokens)
+        return time.perf_counter() - start  # the tokens are on the CPU's side too: no kernel is pending
 
-def bench_paper(args: argparse.Namespace) -> list[dict]:
-    with tempfile.TemporaryDirectory() as root:
-        steps.write_models(Path(root), QWEN["0.5B"], QWEN["4B"])
-        row = in_own_process(steps.dft_step, root, args.repeats + 1)
-    parts = {name: {"seconds": s} for name, s in sorted(row["parts"].items(), key=lambda part: -part[1])}
-    title = "one DFT step at the paper's sizes: 0.5B student in fp32, 4B teacher in bf16, 729 + 100 tokens"
-    show(title, parts, ["seconds"])
-    return [{"bench": "paper", "seconds": round(row["seconds"], 2), "peak_gib": round(row["peak GiB"], 2)}]
+    flops, aten = FlopCounterMode(display=False), torch.ops.aten
+    known = flops.flop_registry  # it lacks attention on a CPU
+    known[aten._scaled_dot_product_flash_attention_for_cpu] = known[aten._scaled_dot_product_flash_attention]
+    with torch.inference_mode():
+        seconds(2)
+        prefill, whole = (statistics.median(seconds(n) for _ in range(repeats)) for n in (1, 1 + n_new))
+        with flops:
+            model(**question)
+    peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else memory("VmHWM") - base
+    text, total = model.config.text_config, sum(p.numel() for p in model.parameters())
+    idle = 0 if text.model_type != "qwen2_moe" else 1 - text.num_experts_per_tok / text.num_experts
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    n_prompt = question["input_ids"].shape[1]
+    return {
+        "parameters": total, "activated": round(total - idle * experts), "prompt_tokens": n_prompt,
+        "TFLOP": flops.get_total_flops() / 1e12, "prefill_tokens_per_s": n_prompt / prefill,
+        "decode_tokens_per_s": n_new / max(whole - prefill, 1e-9), "GiB": peak / 1024,
+    }  # fmt: skip
 
 
 def bench_infer(args: argparse.Namespace) -> list[dict]:
     require(args.model, "what to measure is not said: add --model CHECKPOINT")
-    row = in_own_process(steps.infer, args.model, args.repeats)
+    row = in_own_process(infer, args.model, args.repeats)
     for name, value in row.items():
         print(f"| {name:38s} | {value:16,.{0 if isinstance(value, int) else 3}f} |")
     return [{"bench": "infer", "model": args.model} | row]
@@ -170,19 +204,7 @@ def bench_infer(args: argparse.Namespace) -> list[dict]:
 
 # ---------------------------------------------------------------------------------- command line
 
-
-def check_equal(a: float, b: float, tolerance: float) -> None:
-    if abs(a - b) > tolerance * abs(b):
-        raise InputError(f"they do not compute the same: {a} and {b}")
-
-
-def show(title: str, rows: dict[str, dict], columns: list[str]) -> None:
-    print(f"\n{title}\n| {'':38s} | " + " | ".join(f"{c:>8s}" for c in columns) + " |")
-    for name, row in rows.items():
-        print(f"| {name:38s} | " + " | ".join(f"{row[c]:8.2f}" for c in columns) + " |")
-
-
-BENCHES = {"losses": bench_losses, "step": bench_step, "paper": bench_paper, "infer": bench_infer}
+BENCHES = {"losses": bench_losses, "infer": bench_infer}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
