@@ -13,16 +13,12 @@ def draw_sample(
     path: Path, questions: list[dict], answers: dict[str, list[str]], image_root: str, metric: Callable | None
 ) -> None:
     """Images with question, reference and every model's answer, as KD's Fig. 3; green: right by `metric`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     columns, rows = min(4, len(questions)), -(-len(questions) // 4)
     height = 0.75 + 0.34 * len(answers)  # of the text
-    size, ratios = (3.4 * columns, (3.4 + height) * rows), [3.4, height] * rows
-    figure, axes = plt.subplots(2 * rows, columns, figsize=size, squeeze=False, height_ratios=ratios,
-                                layout="constrained")  # fmt: skip
+    figure = Figure(figsize=(3.4 * columns, (3.4 + height) * rows), layout="constrained")
+    axes = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[3.4, height] * rows)
     for axis in axes.flat:
         axis.axis("off")
     for k, q in enumerate(questions):
@@ -38,7 +34,6 @@ def draw_sample(
         for i, (text, color) in enumerate(lines):
             below.text(0, 1 - i / len(lines), wrap(text), fontsize=9, color=color, va="top")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def wrap(text: str) -> str:

@@ -72,9 +72,8 @@ def kept_for_backward(text: hf.PretrainedConfig, shape: tuple[int, int], dtype: 
     """
     seen, amounts = {}, []
     if text.model_type == "qwen2_moe":  # of a token each expert keeps what the dense FFN would
-        known = hf.Qwen2Config().to_dict()
         dense = {"model_type": "qwen2", "intermediate_size": text.moe_intermediate_size}
-        text = hf.Qwen2Config(**{k: x for k, x in text.to_dict().items() if k in known} | dense)
+        text = hf.Qwen2Config(**text.to_dict() | dense)
 
     def pack(x: torch.Tensor) -> torch.Tensor:
         if not isinstance(x, torch.nn.Parameter):
@@ -99,7 +98,7 @@ def kept_for_backward(text: hf.PretrainedConfig, shape: tuple[int, int], dtype: 
 
 def step(args: argparse.Namespace, tokens: int) -> dict[str, float]:
     """Bytes by part in a step on samples of an image and `tokens` tokens in all, and FLOPs of a sample."""
-    config = read_config(getattr(args, "student", None) or f"{args.vision}+{args.llm}")
+    config = read_config(args.student)
     text, vision, gpu = config.text_config, config.vision_config, args.gpus > 0
     dtype = precision(args.dtype, torch.bfloat16 if gpu else torch.float32)
     n_visual = (vision.image_size // vision.patch_size) ** 2
@@ -173,12 +172,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     ])  # fmt: skip
     args, rest = parser.parse_known_args(argv)
     needless = ["--data", "-", "--out", "-"] + ["--step", args.stage] * (STAGES[args.stage] is mod_distill)
-    return argparse.Namespace(**vars(STAGES[args.stage].parse_args([*needless, *rest])) | vars(args))
+    args = argparse.Namespace(**vars(STAGES[args.stage].parse_args([*needless, *rest])) | vars(args))
+    args.student = args.student or f"{args.vision}+{args.llm}"
+    return args
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    tower = read_config(getattr(args, "student", None) or f"{args.vision}+{args.llm}").vision_config
+    tower = read_config(args.student).vision_config
     tokens = (tower.image_size // tower.patch_size) ** 2 + args.text
     need, longest, limit = step(args, tokens), step(args, args.max_len)["together"], args.memory * GIB
     other = f"   (with{'out' * args.gradient_checkpointing} --gradient_checkpointing)"

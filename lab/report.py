@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean as mean
 
 import evaluate
 from support.flags import add_flags, cli, new_parser, require
@@ -34,10 +35,7 @@ def find_logs(folders: Iterable[str]) -> dict[str, list[dict]]:
 
 def draw_runs(logs: dict[str, list[dict]], path: Path) -> None:
     """A panel for each number in the logs, a line for each run; a panel of its own for a run's experts."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     names = dict.fromkeys(name for log in logs.values() for name in log[0] if not name.startswith("expert_"))
     last = [name for name in ("grad_norm", "lr", "tokens_per_s") if name in names]
@@ -45,8 +43,8 @@ def draw_runs(logs: dict[str, list[dict]], path: Path) -> None:
     sparse = [run for run, log in logs.items() if "expert_0" in log[0]]
     n = len(panels) + len(sparse)
     columns, n_rows = min(4, n), -(-n // 4)
-    figure, axes = plt.subplots(n_rows, columns, figsize=(4.2 * columns, 2.9 * n_rows), squeeze=False,
-                                layout="constrained")  # fmt: skip
+    figure = Figure(figsize=(4.2 * columns, 2.9 * n_rows), layout="constrained")
+    axes = figure.subplots(n_rows, columns, squeeze=False)
     for axis in axes.flat[n:]:
         axis.axis("off")
     for axis, name in zip(axes.flat, panels):
@@ -63,22 +61,16 @@ def draw_runs(logs: dict[str, list[dict]], path: Path) -> None:
     figure.legend(*lines, loc="outside lower center", ncols=min(3, len(logs)), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def draw_line(axis, log: list[dict], name: str, **style: object) -> None:
     """A number over the steps: as it was, pale, and its mean over the last fiftieth of the run."""
-    points = [(line["step"], line[name]) for line in log if line.get(name) is not None]
-    steps, values = [step for step, _ in points], [value for _, value in points]
+    lines = [line for line in log if line.get(name) is not None]
+    steps, values = ([line[key] for line in lines] for key in ("step", name))
     n = max(1, len(values) // 50)
     smooth = [mean(values[max(0, k - n + 1) : k + 1]) for k in range(len(values))]
     (line,) = axis.plot(steps, smooth, linewidth=1.4, marker="." if len(steps) == 1 else None, **style)
     axis.plot(steps, values, linewidth=0.6, alpha=0.25, color=line.get_color())
-
-
-def mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)
 
 
 # ---------------------------------------------------------------------------------- the toy world's report
@@ -156,9 +148,7 @@ def write_report(out: Path, world: Path, new: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = new_parser(__doc__)
-    parser.add_argument(
-        "out", nargs="+", help="folders of runs, as given to --out; or folders that hold some"
-    )
+    parser.add_argument("out", nargs="+", help="folders of runs, as given to --out, or that hold some")
     add_flags(parser, "the picture", [("--picture", str, "out/report.png", "where to draw it")])
     args = parser.parse_args(argv)
     logs = find_logs(args.out)
