@@ -1,224 +1,289 @@
-"""The papers' methods in a toy world: from nothing to scored students on two CPU cores, without a download.
+"""The papers' tables in a toy world: what distillation gains, with error bars, on two CPU cores.
 
-    python toy.py                 draw the world, train a teacher, distil and score students, write a report
-    python toy.py --method mod    the same for LLaVA-MoD; its rows join the report that is there
-    python toy.py --method ckd    the same for LLaVA-CKD
-    python toy.py --seeds 3       train every student three times, from three random starts
+    python toy.py                        LLaVA-KD's Table 2, once: world, teacher, students, scores, report
+    python toy.py --table kd2 --seeds 5  five times, each with other scenes, starts and orders: verdicts
+    python toy.py --table mod4 ckd3      other tables; `lab/tables.py` has them all, a row is a list of stages
 
-The stages are the real ones, called by their command lines. A second call keeps what is finished and was made
-by the same code.
+The stages are the real ones, called with the flags of their command lines. Whatever rows share is trained
+once. The same command goes on where it was stopped, and keeps what was made by the same code and flags.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib
+import itertools
 import json
+import os
 import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from graphlib import TopologicalSorter
+from multiprocessing import get_context, parent_process
 from pathlib import Path
-from types import ModuleType
+from typing import NamedTuple
 
-import ckd
-import dft
-import dpt
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 import evaluate
-import mod_distill
-import sft
+from data import LlavaData
 from lab import world
-from lab.report import write_report
-from support.flags import add_flags, cli, new_parser, positive, to_argv
+from lab.results import write_report
+from lab.tables import DEFAULTS, TABLES, TEACHERS, Table
+from support.flags import add_flags, cli, natural, new_parser, positive, to_argv
 from support.run import code_of
 
 BATCH = 32
-# Steps and peak learning rate of each stage. Teachers see 4,000 scenes; students 400 ("few") or 4,000.
-TEACHER_PT, TEACHER_SFT = (400, 3e-3), (1500, 1e-3)
-PT, FT, PD = (400, 3e-3), (400, 2e-3), (100, 5e-4)
-FT_LONG = (650, 2e-3)  # the control's last stage: as many seconds as the teacher costs the method
-SETTINGS = {"epochs": 1000, "micro_batch": BATCH, "max_len": 128, "workers": 0}
-LARGE, MIDDLE, SMALL = ({"vision": world.BASE / "siglip", "llm": world.BASE / f"qwen-{size}"}
-                        for size in ("large", "middle", "small"))  # fmt: skip
-
-
+SETTINGS = {"global_batch": BATCH, "micro_batch": BATCH, "max_len": 128, "workers": 0}
+SCRIPTS = {"pt": "dpt", "dpt": "dpt", "sft": "sft", "dft": "dft"}  # all others: steps of mod_distill
+DATA = {"pt": "pretrain", "dpt": "pretrain", "pd": "preference"}  # all others: as the table says
+METHODS = {"kd": ["kd2"], "mod": ["mod4", "mod5"], "ckd": ["ckd1", "ckd3"]}
 code = functools.cache(code_of)
 
+# ---------------------------------------------------------------------------------- what is to be done
 
-def is_fresh(record: Path, script: str, inputs: list[Path]) -> bool:
-    """Whether a JSON record says that it was made by the code that `script` has now, after all `inputs`."""
-    if not record.exists() or json.loads(record.read_text()).get("code") != code(script):
-        return False
-    return all(record.stat().st_mtime_ns >= i.stat().st_mtime_ns for i in inputs if i.exists())
+
+class Task(NamedTuple):
+    """Something that makes `out`; `made`, what it is made by, is recorded beside it in OUT.json."""
+
+    call: Callable[[Task], None]
+    script: str
+    argv: list[str]
+    out: Path
+    inputs: list[Path]  # what it is made from
+    made: dict
+
+    def is_made(self) -> bool:
+        """Whether `out` was made, or begun, by this code and these flags, after its inputs."""
+        path = Path(f"{self.out}.json")
+        if not path.exists() or not self.made.items() <= json.loads(path.read_text()).items():
+            return False
+        return all(path.stat().st_mtime_ns >= Path(f"{i}.json").stat().st_mtime_ns for i in self.inputs)
+
+    def is_done(self) -> bool:
+        run, stage = self.out / "run.json", self.call is train
+        return self.is_made() and not (stage and (not run.exists() or '"seconds": null' in run.read_text()))
+
+    def record(self, **found: float) -> None:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{self.out}.json").write_text(json.dumps(self.made | found, indent=1) + "\n")
 
 
 class Lab:
-    """Runs stages in a folder, again if their code or what they start from has changed, and keeps score."""
+    """Plans the stages and scores of rows."""
 
     def __init__(self, out: Path):
-        self.out, self.world, self.rows = out, out / "world", []
-        if not is_fresh(self.world / "made.json", world.__file__, []):
+        self.out, self.world, self.tasks = out, out / "world", {}
+        draw = Task(world.write_world, "", [], self.world, [], {"code": code(world.__file__)})
+        if not draw.is_made():
             print(f"drawing the world in {self.world}")
-            shutil.rmtree(self.world, ignore_errors=True)
-            world.write_world(self.world)
-            (self.world / "made.json").write_text(json.dumps({"code": code(world.__file__)}))
+            draw.call(self.world)
+            draw.record()
 
-    def stage(self, script: ModuleType, name: str, data: str, plan: tuple[int, float], seed: int,
-              **flags: object) -> str:  # fmt: skip
-        """Call a stage script's main with the toy's settings; returns the folder of its checkpoint."""
-        out, (steps, lr) = self.out / name, plan
-        inputs = [Path(flags[k]) / "run.json" for k in ("student", "teacher") if k in flags]
-        if not is_fresh(out / "run.json", script.__file__, [*inputs, self.world / "made.json"]):
-            shutil.rmtree(out, ignore_errors=True)
-        flags |= SETTINGS | {"data": self.world / f"{data}.json", "images": self.world / "images", "out": out}
-        flags |= {"lr": lr, "max_steps": steps, "global_batch": BATCH, "seed": seed}
-        if script is dpt:  # the tiny language models know "describe" as a question, which captions answer
-            flags["caption_only"] = False
-        script.main(to_argv(**flags))
-        return str(out)
+    def plan(self, call: Callable, script: str, argv: list[str], out: Path, inputs: list[Path]) -> None:
+        """Plan a task; what a kind of stage costs does not depend on the flags of one run of it."""
+        made = {"code": code(f"{script}.py")} | ({"argv": argv} if call is not count else {})
+        self.tasks.setdefault(out, Task(call, script, argv, out, inputs, made))
 
-    def cascade(self, name: str, seed: int, *teachers: str, **flags: object) -> list[str]:
-        """A whole cascade on few scenes through ckd.py; returns the folders of its stages."""
-        out = self.out / f"seed{seed}/400/{name}"
-        inputs = [*(Path(t) / "run.json" for t in teachers), self.world / "made.json"]
-        for record in out.glob("*/*/run.json"):
-            if not is_fresh(record, f"{record.parent.name}.py", inputs):
-                shutil.rmtree(out)
-                break
-        flags |= SETTINGS | SMALL | {"teachers": list(teachers), "images": self.world / "images", "out": out}
-        for stage, lr in ("pretrain", PT[1]), ("finetune", FT[1]):
-            data = self.world / f"{stage}_few.json"
-            flags |= {f"{stage}_data": data, f"{stage}_lr": lr, f"{stage}_batch": BATCH}
-        argv = to_argv(**flags, caption_only=False, max_steps=PT[0], seed=seed)
-        ckd.main(argv)
-        return [argv[-1] for _, argv in ckd.plan(*ckd.parse_args(argv))]
+    def chain(self, recipe: str, data: str, scenes: int, seed: int, folder: Path | None = None) -> list[Path]:
+        """Plan the stages of a recipe, each from the one before; returns their folders."""
+        folder, folders = folder or self.out / f"seed{seed}/{scenes}", []
+        for k, text in enumerate(recipe.split(" | ")):
+            name, *words = text.split()
+            script, kind, (steps, lr) = SCRIPTS.get(name, "mod_distill"), DATA.get(name, data), DEFAULTS[name]
+            size, teacher = take(words, "--llm", "small"), take(words, "--teacher", "teacher")
+            flags = {"data": world.write_subset(self.world, kind, scenes, seed), "seed": seed + 100 * k}
+            flags |= {"images": self.world / "images", "max_steps": steps, "lr": lr}
+            inputs = folders[-1:]
+            if folders:
+                flags["student"] = folders[-1]
+            else:
+                flags |= {"vision": world.BASE / "siglip", "llm": world.BASE / f"qwen-{size}"}
+            if name not in ("pt", "sft") and "--kl 0" not in text:
+                flags["teacher"] = self.teacher(teacher, scenes, seed)[-1]
+                inputs.append(flags["teacher"])
+            if script == "mod_distill":
+                flags["step"] = name
+            if script == "dpt":  # captions answer a question here, which the tiny language models know
+                flags["caption_only"] = False
+            name = slug(text) + f".{data}" * (script in ("sft", "dft") and data != "finetune")
+            out = folders[-1].with_name(f"{folders[-1].name}-{name}") if folders else folder / name
+            argv = to_argv(**SETTINGS | flags | {"out": out}) + words
+            args = importlib.import_module(script).parse_args(argv)  # also refuses what it does not know
+            argv += ["--epochs", str(args.max_steps * BATCH // scenes + 1)]  # enough
+            self.plan(train, script, argv, out, [self.world, *inputs])
+            self.plan(count, script, argv, self.out / "flops" / out.name, [out])
+            folders.append(out)
+        return folders
 
-    def score(self, method: str, seed: int, scenes: int, stages: list[str], describe: bool = False) -> None:
-        """Add a row: the held-out accuracy of the last stage's model, steps and seconds of all its stages,
-        and where asked how it describes the held-out scenes.
-        """
-        row = {
-            "method": method,
-            "seed": seed,
-            "scenes": scenes,
-            **self._ask(stages[-1], "questions", "exact"),
-        }
-        if describe:
-            said = self._ask(stages[-1], "describe", "hallucination")
+    def teacher(self, name: str, scenes: int, seed: int) -> list[Path]:
+        """Plan a teacher; returns the folders of its stages."""
+        recipe, data, of_all = TEACHERS[name]
+        if of_all:
+            return self.chain(recipe, data, of_all, 0, self.out / name)
+        return self.chain(recipe, data, scenes, seed)
+
+    def ask(self, table: Table, model: Path) -> None:
+        """Plan what a model is asked: the questions, and to describe where it has learned to."""
+        for file in (table.questions, "describe")[: 2 if table.data == "mixed" else 1]:
+            out = self.answers(file, model)
+            metric, tokens = ("hallucination", 18) if file == "describe" else ("exact", 6)
+            argv = to_argv(model=model, questions=self.world / f"{file}.jsonl", images=self.world / "images",
+                           out=out, batch=250, metric=metric, max_new_tokens=tokens)  # fmt: skip
+            self.plan(score, "evaluate", argv, out, [self.world, model])
+
+    def answers(self, questions: str, model: Path) -> Path:
+        return self.out / "answers" / questions / model.relative_to(self.out)
+
+    def row(self, table: Table, method: str, scenes: int, seed: int, stages: list[Path]) -> dict:
+        """A row of the report: scores of the last stage's model, and what all stages took together."""
+        asked = (self.world / f"{table.questions}.jsonl").read_text().splitlines()
+        n = Counter(json.loads(line)["category"] for line in asked)
+        (said,) = json.loads((self.answers(table.questions, stages[-1]) / "scores.json").read_text()).values()
+        scores = said["by_category"]
+        row = {"method": method, "seed": seed, "scenes": scenes}
+        row["accuracy"] = sum(scores[k] * n[k] for k in world.SKILLS) / sum(n[k] for k in world.SKILLS)
+        row["by_category"] = scores
+        described = self.answers("describe", stages[-1]) / "scores.json"
+        if table.data == "mixed":
+            (said,) = json.loads(described.read_text()).values()
             row |= {key: said[key] for key in ("response_rate", "mention_rate", "recall")}
-        row["steps"] = sum(len(open(f"{s}/log.jsonl").readlines()) for s in stages)
-        seconds = sum(json.loads(Path(s, "run.json").read_text())["seconds"] for s in stages)
-        self.rows.append(row | {"seconds": round(seconds, 1), "stages": stages})
-
-    def _ask(self, model: str, questions: str, metric: str) -> dict:
-        folder = self.out / ("eval" if metric == "exact" else metric) / Path(model).relative_to(self.out)
-        if not is_fresh(folder / "made.json", evaluate.__file__, [Path(model, "run.json")]):
-            evaluate.main(to_argv(
-                model=model, questions=self.world / f"{questions}.jsonl", images=self.world / "images",
-                out=folder, batch=200, metric=metric, max_new_tokens=6 if metric == "exact" else 18,
-            ))  # fmt: skip
-            (folder / "made.json").write_text(json.dumps({"code": code(evaluate.__file__)}))
-        (scores,) = json.loads((folder / "scores.json").read_text()).values()
-        return scores
+        row["steps"] = sum(len((stage / "log.jsonl").read_text().splitlines()) for stage in stages)
+        row["seconds"] = sum(json.loads((stage / "run.json").read_text())["seconds"] for stage in stages)
+        costs = (self.out / "flops" / f"{stage.name}.json" for stage in stages)
+        row["tflop"] = sum(json.loads(path.read_text())["tflop"] for path in costs)
+        return row | {"stages": [str(stage) for stage in stages]}
 
 
-def teacher_of(lab: Lab) -> list[str]:
-    """The stages of the teacher that answers questions."""
-    pt = lab.stage(dpt, "teacher/pt", "pretrain", TEACHER_PT, 0, **LARGE)
-    return [pt, lab.stage(sft, "teacher/sft", "finetune", TEACHER_SFT, 0, student=pt)]
+def slug(text: str) -> str:
+    """A folder's name for a stage: "dft --gamma 0" becomes dft.gamma=0."""
+    return text.replace(" --", ".").replace(" ", "=")
 
 
-def kd(lab: Lab, seeds: int) -> None:
-    """LLaVA-KD: the teacher, the two baselines and the method, on few scenes; one line on many."""
-    pt, teacher = teacher_of(lab)
-    lab.score("Teacher", 0, 4000, [pt, teacher])
-    for seed in range(seeds):
-        for scenes, few in ((400, "_few"), (4000, ""))[: 2 if seed == 0 else 1]:
-            at, captions, questions = f"seed{seed}/{scenes}", f"pretrain{few}", f"finetune{few}"
-            pt = lab.stage(dpt, f"{at}/pt", captions, PT, seed, **SMALL)
-            ft = lab.stage(sft, f"{at}/pt-sft", questions, FT, seed, student=pt)
-            ft2 = lab.stage(sft, f"{at}/pt-sft-sft", questions, FT_LONG, seed + 100, student=ft)
-            d = lab.stage(dpt, f"{at}/dpt", captions, PT, seed, teacher=teacher, **SMALL)
-            ds = lab.stage(sft, f"{at}/dpt-sft", questions, FT, seed, student=d)
-            df = lab.stage(dft, f"{at}/dpt-sft-dft", questions, FT, seed + 100, student=ds, teacher=teacher)
-            lab.score("PT+SFT", seed, scenes, [pt, ft])
-            lab.score("PT+SFT+SFT", seed, scenes, [pt, ft, ft2])
-            lab.score("DPT+SFT+DFT", seed, scenes, [d, ds, df])
+def take(words: list[str], flag: str, default: str) -> str:
+    """Take a flag of the lab's own, and its value, out of the words of a stage."""
+    if flag not in words:
+        return default
+    k = words.index(flag)
+    value = words[k + 1]
+    del words[k : k + 2]
+    return value
 
 
-def mod(lab: Lab, seeds: int) -> None:
-    """LLaVA-MoD on few scenes: initialisation, D2D, D2S, PD, and the controls of its Tables 4, 5, 8 and 15.
+# ---------------------------------------------------------------------------------- doing it
 
-    Its teacher is one that describes as well as it answers; preferences are about descriptions.
+
+def train(task: Task) -> None:
+    """Run a stage, or go on with it."""
+    if not task.is_made():
+        shutil.rmtree(task.out, ignore_errors=True)
+        task.record()
+    importlib.import_module(task.script).main(task.argv)
+
+
+def count(task: Task) -> None:
+    """Record the FLOPs of a kind of stage: those of a step, the teacher's forward pass included, times its
+    steps.
     """
-    pt = lab.stage(dpt, "teacher/pt", "pretrain", TEACHER_PT, 0, **LARGE)
-    teacher = lab.stage(sft, "teacher/mixed", "mixed", TEACHER_SFT, 0, student=pt)
-    lab.score("MoD's teacher", 0, 4000, [pt, teacher], describe=True)
-    for seed in range(seeds):
-        at, again = f"seed{seed}/400", seed + 100
-        pt = lab.stage(dpt, f"{at}/pt", "pretrain_few", PT, seed, **SMALL)
-
-        def mimic(name: str, seed: int, student: str, step: str, at: str = at, **flags: str) -> str:
-            teaches = {} if flags.get("kl") == 0 else {"teacher": teacher}
-            return lab.stage(mod_distill, f"{at}/{name}", "mixed_few", FT, seed, student=student,
-                             step=step, **teaches, **flags)  # fmt: skip
-
-        def prefer(po: str, student: str, at: str = at, seed: int = seed) -> str:
-            return lab.stage(mod_distill, f"{at}/{po}", "preference_few", PD, seed, student=student,
-                             step="pd", teacher=teacher, po=po)  # fmt: skip
-
-        dense = mimic("d2d", seed, pt, "d2d")
-        sparse = mimic("d2s", again, dense, "d2s")
-        sparse1 = mimic("d2s-e4t1", again, dense, "d2s", top_k=1)
-        dense2 = mimic("d2d-d2d", again, dense, "d2d", ar=1)
-        plain = lab.stage(sft, f"{at}/mixed-sft", "mixed_few", FT, seed, student=pt)
-        plain2 = mimic("sparse-sft", again, plain, "d2s", kl=0)
-        kto, dpo = prefer("kto", sparse), prefer("dpo", sparse)
-        for method, stages in {
-            "D2D": [pt, dense], "D2D+D2S": [pt, dense, sparse], "D2D+D2S, E4T1": [pt, dense, sparse1],
-            "D2D+D2D, dense": [pt, dense, dense2], "SFT+SFT, sparse": [pt, plain, plain2],
-            "D2D+D2S+KTO": [pt, dense, sparse, kto], "D2D+D2S+DPO": [pt, dense, sparse, dpo],
-        }.items():  # fmt: skip
-            lab.score(method, seed, 400, stages, describe=True)
+    stage = importlib.import_module(task.script)
+    with tempfile.TemporaryDirectory() as folder, FlopCounterMode(display=False) as counter:
+        stage.main([*task.argv, "--out", f"{folder}/step", "--max_steps", "1"])
+    task.record(tflop=counter.get_total_flops() * stage.parse_args(task.argv).max_steps / 1e12)
 
 
-def cascade(lab: Lab, seeds: int) -> None:
-    """LLaVA-CKD on few scenes: bottom-up, top-down (Table 3), and LLaVA-KD from each teacher alone.
+def score(task: Task) -> None:
+    """Let a model answer."""
+    evaluate.main(task.argv)
+    task.record()
 
-    A cascade's first round is LLaVA-KD from its first teacher; the teacher twice is the control for time.
+
+def start_worker(log: Path) -> None:
+    """One thread each, output to a file, an end with its parent's, and samples that are read once: reading
+    is three quarters of a step of this size.
     """
-    pt, teacher = teacher_of(lab)
-    ta_pt = lab.stage(dpt, "assistant/pt", "pretrain", TEACHER_PT, 0, **MIDDLE)
-    assistant = lab.stage(sft, "assistant/sft", "finetune", TEACHER_SFT, 0, student=ta_pt)
-    lab.score("Teacher", 0, 4000, [pt, teacher])
-    lab.score("CKD's assistant", 0, 4000, [ta_pt, assistant])
-    for seed in range(seeds):
-        bottom_up = lab.cascade("bottom-up", seed, assistant, teacher)
-        top_down = lab.cascade("top-down", seed, assistant, teacher, strategy="top-down",
-                               assistant_llms=MIDDLE["llm"])  # fmt: skip
-        twice = lab.cascade("teacher-twice", seed, teacher, teacher)
-        for method, stages in {
-            "KD by the assistant": bottom_up[:3], "KD by the teacher": twice[:3],
-            "KD by the teacher, twice": twice, "CKD, top-down": top_down, "CKD, bottom-up": bottom_up,
-        }.items():  # fmt: skip
-            lab.score(method, seed, 400, stages)
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(log, "a", buffering=1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    read, kept = LlavaData.__getitem__, {}
+
+    def read_once(data: LlavaData, i: int) -> dict:
+        key = data.index.place, data.encoder.max_len, len(data.image_processors), i
+        if key not in kept:
+            if len(kept) > 300_000:  # 2 GiB
+                kept.clear()
+            kept[key] = read(data, i)
+        return kept[key]
+
+    LlavaData.__getitem__ = read_once
 
 
-METHODS = {"kd": kd, "mod": mod, "ckd": cascade}
+def end_with_parent() -> None:
+    parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def do(tasks: dict[Path, Task], jobs: int, out: Path) -> None:
+    """Do all tasks that are not done, each after what it is made from, so many at a time."""
+    order = TopologicalSorter({key: [i for i in task.inputs if i in tasks] for key, task in tasks.items()})
+    order.prepare()
+    running, n = {}, 0
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with ProcessPoolExecutor(jobs, get_context("spawn"), start_worker, (out / "stages.log",)) as pool:
+        while order.is_active():
+            for key in order.get_ready():
+                if tasks[key].is_done():
+                    order.done(key)
+                    n += 1
+                else:
+                    running[pool.submit(tasks[key].call, tasks[key])] = key
+            for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
+                key = running.pop(future)
+                future.result()
+                order.done(key)
+                n += 1
+                print(f"{n}/{len(tasks)} {key.relative_to(out)}", flush=True)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add_flags(parser, "the experiment", [
+        ("--table", list(TABLES), [], "tables to fill; default: those of --method"),
         ("--method", tuple(METHODS), "kd", "the paper: LLaVA-KD, LLaVA-MoD (mod) or LLaVA-CKD (ckd)"),
         ("--out", str, "out/toy", "folder for the world, all runs and the report"),
-        ("--seeds", positive, 1, "how often each student is trained, each time from another random start"),
+        ("--seeds", positive, 1, "how often each student is trained; at least 3 for a verdict"),
+        ("--first_seed", natural, 0, "the first of the seeds"),
+        ("--jobs", positive, 2, "stages at a time, one thread each"),
     ])  # fmt: skip
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    lab = Lab(Path(args.out))
-    METHODS[args.method](lab, args.seeds)
-    print(f"\n{write_report(lab.out, lab.world, lab.rows)}\n\nreport: {lab.out / 'report.md'}")
+    args, start = parse_args(argv), time.time()
+    lab, planned = Lab(Path(args.out)), []
+    names = args.table or METHODS[args.method]
+    for name in names:
+        table = TABLES[name]
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
+            for scenes, (method, recipe) in itertools.product(table.scenes, table.rows.items()):
+                stages = lab.chain(recipe, table.data, scenes, seed)
+                lab.ask(table, stages[-1])
+                planned.append((name, method, scenes, seed, stages))
+        for teacher, (_, _, scenes) in TEACHERS.items():
+            if teacher == "teacher" or (scenes and any(teacher in recipe for recipe in table.rows.values())):
+                stages = lab.teacher(teacher, scenes, 0)
+                lab.ask(table, stages[-1])
+                planned.append((name, teacher.capitalize(), scenes, 0, stages))
+    do(lab.tasks, args.jobs, lab.out)
+    rows = [{"table": name} | lab.row(TABLES[name], *rest) for name, *rest in planned]
+    print(write_report(lab.out, rows, command=argv or sys.argv[1:], seconds=time.time() - start))
 
 
 if __name__ == "__main__":

@@ -224,16 +224,3 @@ def test_the_log_of_a_real_run_is_drawn(checkpoints, world, tmp_path):
     report.main([str(tmp_path / "dft"), "--picture", str(tmp_path / "runs.png")])
     assert len(log_of(tmp_path / "dft")) == 2
     assert (tmp_path / "runs.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_the_toy_report_adds_rows_and_compares_on_the_same_seeds():
-    def row(method: str, seed: int, accuracy: float) -> dict:
-        fixed = {"scenes": 400, "steps": 9, "seconds": 1.0, "by_category": {"color": 50.0}}
-        return fixed | {"method": method, "seed": seed, "accuracy": accuracy}
-
-    rows = [row("DPT+SFT+DFT", s, 60.0 + s) for s in (0, 1)]
-    rows += [row("PT+SFT+SFT", s, 58 + 4 * s) for s in (0, 1, 2)]
-    head, _, control, method = report.table(rows).splitlines()
-    assert head.startswith("| method | scenes | accuracy | gain | color | lies, answers |")
-    assert control.startswith("| PT+SFT+SFT | 400 | **62.0** (58.0, 62.0, 66.0) |  | 50 |")
-    assert "| **60.5** (60.0, 61.0) | +0.5 on PT+SFT+SFT, 1 of 2 |" in method

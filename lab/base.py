@@ -1,0 +1,136 @@
+"""The toy world's pre-trained parts, which stand for what a user would download.
+
+    python -m lab.base        make assets/toy again, from a seed
+
+A tiny SigLIP knows shapes and colours; tiny Qwen2s answer the toy world's questions about scenes that are
+described in words.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from tokenizers import ByteLevelBPETokenizer
+
+from lab.world import BASE, COLORS, SHAPES, SIZE, Scene, ask, caption, draw_scene, paint
+from support.flags import new_parser
+from support.run import set_lr
+
+
+def train(model: torch.nn.Module, steps: int, lr: float, loss_of: callable) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01, betas=(0.9, 0.98))
+    for step in range(steps):
+        set_lr(optimizer, step, steps, lr, warmup=0.03)
+        loss = loss_of()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 200 == 0 or step == steps - 1:
+            print(f"  step {step:5d}  loss {loss.item():.4f}", flush=True)
+
+
+def make_tower(out: Path, steps: int) -> None:
+    """A SigLIP whose second last hidden state tells colour and shape of the object in every cell."""
+    torch.manual_seed(0)
+    config = hf.SiglipVisionConfig(
+        image_size=SIZE, patch_size=8, hidden_size=48, intermediate_size=128, num_hidden_layers=4,
+        num_attention_heads=4, vision_use_head=False,
+    )  # fmt: skip
+    tower, rng = hf.SiglipVisionModel(config), random.Random(3)
+    processor = hf.SiglipImageProcessorPil(size={"height": SIZE, "width": SIZE})
+    scenes = [draw_scene(rng) for _ in range(30_000)]  # fewer are learned by heart
+    pictures = processor([paint(scene, rng) for scene in scenes], return_tensors="pt")["pixel_values"]
+    tags = torch.zeros(len(scenes), 4, len(COLORS) + len(SHAPES))
+    for i, scene in enumerate(scenes):
+        for color, shape, cell in scene:
+            tags[i, cell, list(COLORS).index(color)] = tags[i, cell, len(COLORS) + SHAPES.index(shape)] = 1
+    head = torch.nn.Linear(16 * 48, tags[0].numel())
+    features = lambda x: tower(pixel_values=x, output_hidden_states=True).hidden_states[-2]  # noqa: E731
+
+    def loss_of() -> torch.Tensor:
+        pick = torch.tensor(rng.sample(range(len(scenes)), 96))
+        y = head(features(pictures[pick]).flatten(1))
+        return F.binary_cross_entropy_with_logits(y, tags[pick].flatten(1))
+
+    train(torch.nn.ModuleList([tower, head]), steps, 1e-3, loss_of)
+    with torch.no_grad():  # bring the features to unit scale: LayerNorms do not notice what all writers share
+        scale = 1 / features(pictures[:500]).std()
+        writers = [tower.embeddings.patch_embedding, tower.embeddings.position_embedding]
+        writers += [w for layer in tower.encoder.layers for w in (layer.self_attn.out_proj, layer.mlp.fc2)]
+        for p in (p for w in writers for p in w.parameters()):
+            p *= scale
+    tower.save_pretrained(out)
+    processor.save_pretrained(out)
+
+
+def make_tokenizer() -> hf.Qwen2Tokenizer:
+    """A byte-level BPE in which every word of the world is one token, with Qwen's special tokens."""
+    rng = random.Random(4)
+    scenes = [draw_scene(rng) for _ in range(500)]
+    bpe = ByteLevelBPETokenizer()
+    text = [as_text(scene, *ask(scene, rng)[1:]) for scene in scenes]
+    text = [t.replace("<|endoftext|>", "") for t in text]
+    bpe.train_from_iterator(text, vocab_size=440, show_progress=False)
+    trained = json.loads(bpe.to_str())["model"]
+    merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split()) for pair in trained["merges"]]
+    return hf.Qwen2Tokenizer(vocab=trained["vocab"], merges=merges)
+
+
+def as_text(scene: Scene, question: str, answer: str) -> str:
+    """A training sample as the chat template renders it, the scene described where the image would stand."""
+    return f"USER: {caption(scene)}\n{question} ASSISTANT: {answer}<|endoftext|>"
+
+
+def make_llm(out: Path, tokenizer: hf.Qwen2Tokenizer, width: int, layers: int, steps: int, lr: float) -> None:
+    """A Qwen2 that answers questions about scenes described in words, and can repeat a description."""
+    torch.manual_seed(1)
+    config = hf.Qwen2Config(
+        vocab_size=512, hidden_size=width, intermediate_size=width * 8 // 3 // 8 * 8,
+        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4,
+        max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model, rng = hf.Qwen2ForCausalLM(config), random.Random(9)
+    marker = tokenizer(" ASSISTANT:")["input_ids"]
+
+    def loss_of() -> torch.Tensor:
+        texts = []
+        for _ in range(64):
+            scene = draw_scene(rng)
+            question, answer = ask(scene, rng)[1:] if rng.random() < 0.75 else ("describe", caption(scene))
+            texts.append(as_text(scene, question, answer))
+        rows = [torch.tensor(ids) for ids in tokenizer(texts)["input_ids"]]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)  # (B, T)
+        starts = [next(k for k in range(len(r)) if r[k : k + len(marker)].tolist() == marker) for r in rows]
+        answers = torch.arange(1, ids.shape[1]) >= torch.tensor(starts).unsqueeze(1) + len(marker)
+        logits = model(ids.clamp_min(0), attention_mask=(ids >= 0).long()).logits[:, :-1]
+        nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none", ignore_index=-100)
+        is_answer, is_text = (((ids[:, 1:] >= 0) & rows).flatten() for rows in (answers, ~answers))
+        return nll[is_answer].mean() + 0.05 * nll[is_text].mean()
+
+    train(model, steps, lr, loss_of)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def main(argv: list[str] | None = None) -> None:
+    new_parser(__doc__).parse_args(argv)
+    print("SigLIP tower")
+    make_tower(BASE / "siglip", steps=3000)
+    tokenizer = make_tokenizer()
+    for name, *shape_and_steps in (
+        ("qwen-small", 32, 2, 3000, 4e-3), ("qwen-middle", 56, 2, 3000, 3e-3),
+        ("qwen-large", 96, 3, 2500, 2e-3),
+    ):  # fmt: skip
+        print(name)
+        make_llm(BASE / name, tokenizer, *shape_and_steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The ablations of the three papers as data, read as the papers' tables: a row is a list of stages.
+
+A stage is its name and flags of its script, as they are typed: "dpt --gamma 0 | sft | dft". `pt` is dpt.py
+without a teacher; d2d, d2s and pd are steps of mod_distill.py. Two flags are the lab's own: --llm, a toy
+model's size (large, middle or, by default, small), and --teacher, one of TEACHERS. A new idea is one row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+# Steps and peak learning rate of each stage, unless the row says others.
+DEFAULTS = {"pt": (400, 3e-3), "dpt": (400, 3e-3), "sft": (400, 2e-3), "dft": (400, 2e-3),
+            "d2d": (400, 2e-3), "d2s": (400, 2e-3), "pd": (100, 5e-4)}  # fmt: skip
+CKD = "--gamma 1 --relation columns"  # CKD's form of the loss
+# The stages of each teacher, their data, and on how many scenes; without a number those of its student.
+TEACHERS = {
+    "teacher": ("pt --llm large | sft --max_steps 2000 --lr 1e-3", "mixed", 20_000),
+    "assistant": ("pt --llm middle | sft --max_steps 2000 --lr 1e-3", "mixed", 20_000),
+    "distilled": (f"dpt --llm middle {CKD} | sft | dft {CKD}", "finetune", None),
+}
+# The last stage of controls without distillation that take as long, or as many FLOPs, as DPT+SFT+DFT.
+TIME, FLOPS = "sft --max_steps 1400", "sft --max_steps 3660"
+
+
+class Table(NamedTuple):
+    title: str
+    rows: dict[str, str]  # name: stages
+    claims: list[tuple[str, ...]]  # (the better row, the worse one), in accuracy or what a third word names
+    data: str = "finetune"  # what all but PT, DPT and PD read: questions, or "mixed" with descriptions
+    scenes: tuple[int, ...] = (400,)  # that the student sees; each row is trained on each number of them
+    questions: str = "questions"  # what is asked
+    look: str = ""  # what else is drawn, by lab.figures
+
+
+def cascade(*teachers: str) -> str:
+    """The stages of ckd.py: DPT, SFT, DFT by each teacher in turn."""
+    return " | ".join(f"dpt --teacher {t} {CKD} | sft | dft --teacher {t} {CKD}" for t in teachers)
+
+
+def at(stages: str) -> dict[str, str]:
+    """Rows that differ in the peak learning rate of the last stage."""
+    return {row: row for row in (f"{stages} --lr {rate}" for rate in ("2e-3", "4e-3", "8e-3"))}
+
+
+# fmt: off
+SFT, KD, MIMIC = "pt | sft", "dpt | sft | dft", "pt | d2d | d2s"
+SPARSE = "pt | d2d --kl 0 --ar 1 | d2s --kl 0"  # MIMIC without a teacher
+CONTROLS = {"PT+SFT": SFT, "PT+SFT+SFT, equal time": f"{SFT} | {TIME}",
+            "PT+SFT+SFT, equal FLOPs": f"{SFT} | {FLOPS}"}
+BEST = [("DPT+SFT+DFT", control) for control in CONTROLS]
+LIES = ("response_rate", "mention_rate", "recall", "accuracy")
+
+TABLES = {
+    "kd2": Table("LLaVA-KD, Table 2: which stages are distilled", CONTROLS | {
+        "PT+DFT": "pt | dft",
+        "DPT+SFT": "dpt | sft",
+        "DPT+DFT": "dpt | dft",
+        "PT+SFT+DFT": "pt | sft | dft",
+        "DPT+SFT+DFT": KD,
+    }, [*BEST, ("PT+DFT", "PT+SFT"), ("DPT+SFT", "PT+SFT"), ("DPT+DFT", "DPT+SFT"),
+        ("DPT+SFT+DFT", "DPT+SFT"), ("DPT+SFT+DFT", "PT+SFT+DFT")], look="relations"),
+    "kd3": Table("LLaVA-KD, Table 3 (A1, A2): MDist and RDist, in DPT and in DFT", {
+        "DPT by RDist, SFT": "dpt --targets | sft",
+        "DPT by MDist, SFT": "dpt --gamma 0 | sft",
+        "DPT by both, SFT": "dpt | sft",
+        "DPT, SFT, DFT by RDist": "dpt | sft | dft --targets",
+        "DPT, SFT, DFT by MDist": "dpt | sft | dft --gamma 0",
+        "DPT, SFT, DFT by both": KD,
+    }, [("DPT by RDist, SFT", "DPT by MDist, SFT"), ("DPT by both, SFT", "DPT by RDist, SFT"),
+        ("DPT, SFT, DFT by MDist", "DPT, SFT, DFT by RDist"),
+        ("DPT, SFT, DFT by both", "DPT, SFT, DFT by MDist")]),
+    "kd4": Table("LLaVA-KD, Table 4 (A3, A4): whose distribution is distilled, without RDist", {
+        "DPT: answers": "dpt --gamma 0 --targets response | sft",
+        "DPT: answers, prompts": "dpt --gamma 0 --targets response prompt | sft",
+        "DPT: answers, images": "dpt --gamma 0 | sft",
+        "DPT: all": "dpt --gamma 0 --targets response prompt visual | sft",
+        "DFT: answers": "dpt | sft | dft --gamma 0 --targets response",
+        "DFT: answers, prompts": "dpt | sft | dft --gamma 0 --targets response prompt",
+        "DFT: answers, images": "dpt | sft | dft --gamma 0",
+        "DFT: all": "dpt | sft | dft --gamma 0 --targets response prompt visual",
+    }, [(f"{stage}: answers, images", f"{stage}: {other}") for stage in ("DPT", "DFT")
+        for other in ("answers", "answers, prompts", "all")]),
+    "mod4": Table("LLaVA-MoD, Tables 3 and 4: preference distillation", {
+        "mimic": MIMIC, "mimic, equal time": f"{MIMIC} --max_steps 600", "mimic, PD": f"{MIMIC} | pd"
+    }, [("mimic, PD", other, rate) for other in ("mimic", "mimic, equal time") for rate in LIES], "mixed"),
+    "mod5": Table("LLaVA-MoD, Table 5: KD against SFT of the same sparse student", {
+        "SFT": SPARSE,
+        "SFT, equal time": f"{SPARSE} --max_steps 750",
+        "KD": MIMIC,
+    }, [("KD", "SFT"), ("KD", "SFT, equal time")], "mixed"),
+    "mod6": Table("LLaVA-MoD, Table 6: dense first, or sparse at once", {
+        "D2S": "pt | d2s --max_steps 800", "D2D+D2S": MIMIC
+    }, [("D2D+D2S", "D2S")], "mixed"),
+    "mod7": Table("LLaVA-MoD, Table 7: distilled tokens", {
+        "response and instruction":
+            "pt | d2d --distill response+instruction | d2s --distill response+instruction",
+        "response": MIMIC,
+    }, [("response", "response and instruction")], "mixed"),
+    "mod8": Table("LLaVA-MoD, Table 8: sparse E4T1 against dense", {
+        "dense": "pt | d2d | d2d --ar 1",
+        "sparse": f"{MIMIC} --top_k 1 --no-renormalise",
+        "sparse, values divided by their sum": f"{MIMIC} --top_k 1",
+    }, [("sparse", "dense"), ("sparse, values divided by their sum", "dense")], "mixed"),
+    "mod12": Table("LLaVA-MoD, Tables 12 and 13: experts, and experts a token", {
+        "E4T1": f"{MIMIC} --top_k 1", "E4T2": MIMIC, "E8T2": f"{MIMIC} --experts 8"
+    }, [("E4T2", "E8T2"), ("E4T2", "E4T1")], "mixed", look="experts"),
+    "mod14": Table("LLaVA-MoD, Table 14: routers", {
+        "Top-K": MIMIC, "RSample": f"{MIMIC} --router rsample", "Jitter": f"{MIMIC} --router jitter"
+    }, [("Top-K", "RSample"), ("Top-K", "Jitter")], "mixed"),
+    "mod16": Table("LLaVA-MoD, Tables 15 and 16: KTO against DPO", {
+        "mimic": MIMIC, "DPO": f"{MIMIC} | pd --po dpo", "KTO": f"{MIMIC} | pd"
+    }, [("KTO", "DPO", rate) for rate in LIES], "mixed"),
+    "ckd1": Table("LLaVA-CKD, Table 1: a cascade against one teacher", {
+        "PT+SFT": SFT,
+        "KD by the assistant": cascade("assistant"),
+        "KD by the teacher": cascade("teacher"),
+        "KD by the teacher, twice": cascade("teacher", "teacher"),
+        "CKD": cascade("assistant", "teacher"),
+    }, [("KD by the teacher", "PT+SFT"), ("KD by the teacher", "KD by the assistant"),
+        ("CKD", "KD by the teacher"), ("CKD", "KD by the teacher, twice")]),
+    "ckd3": Table("LLaVA-CKD, Table 3: who learns from whom", {
+        "top-down": cascade("distilled"), "bottom-up": cascade("assistant", "teacher")
+    }, [("bottom-up", "top-down")]),
+    "curve": Table("The gain against the number of the student's scenes", {
+        "PT+SFT+SFT, equal time": f"{SFT} | {TIME}",
+        "DPT+SFT+DFT": KD,
+        "DPT+SFT+DFT, then SFT": f"{KD} --max_steps 200 | sft --max_steps 400",
+    }, [("DPT+SFT+DFT", "PT+SFT+SFT, equal time"), ("DPT+SFT+DFT, then SFT", "DPT+SFT+DFT")],
+        scenes=(200, 400, 1000, 4000, 16000)),
+    "terms": Table("The terms of the loss one at a time, at both ends", CONTROLS | {
+        "DPT+SFT+DFT": KD,
+        "L_res alone": "dpt --gamma 0 --targets response | sft | dft --gamma 0 --targets response",
+        "L_vis alone": "dpt --gamma 0 --targets visual | sft | dft --gamma 0 --targets visual",
+        "L_rel alone": "dpt --targets | sft | dft --targets",
+    }, [*BEST, *((term, "PT+SFT+SFT, equal time") for term in ("L_res alone", "L_vis alone", "L_rel alone"))],
+        scenes=(200, 16000)),
+    "wide": Table("The gain of a wider student", {
+        "PT+SFT+SFT, equal time": f"pt --llm middle | sft | {TIME}",
+        "DPT+SFT+DFT": "dpt --llm middle | sft | dft",
+    }, [("DPT+SFT+DFT", "PT+SFT+SFT, equal time")], scenes=(400, 4000, 16000)),
+    "rates": Table("Learning rates of the last stage, on questions of their own", at(SFT)
+        | at(f"{SFT} | {TIME}") | at(f"{SFT} | {FLOPS}") | at(KD), [], scenes=(400, 16000), questions="val"),
+    "rates-mod": Table("Learning rates of the last stage of LLaVA-MoD, on questions of their own",
+        at(MIMIC) | at(f"{SPARSE} --max_steps 750"), [], "mixed", questions="val"),
+}

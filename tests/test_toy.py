@@ -1,0 +1,274 @@
+"""The toy world and the tables that are decided in it: what is drawn, planned, trained, compared and said.
+
+python -m pytest tests/test_toy.py
+"""
+
+import json
+import math
+import re
+import statistics
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import ckd
+import toy
+from lab import results, world
+from lab.tables import TABLES, TEACHERS, Table, cascade
+
+WORDS = [*world.COLORS, *world.SHAPES]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A world of few scenes, which has all kinds of questions."""
+    root = tmp_path_factory.mktemp("toy")
+    world.write_world(root, n_train=150, n_few=10, n_test=40)
+    return root
+
+
+def read(path: Path) -> list[dict]:
+    text = path.read_text()
+    return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+
+
+# ---------------------------------------------------------------------------------- the world
+
+
+def test_unseen_pairs_are_in_no_training_scene_and_in_every_question_that_says_so(small):
+    pairs = {f"{color} {shape}" for color, shape in world.UNSEEN}
+    assert {shape for _, shape in world.UNSEEN} == set(world.SHAPES)  # each word is seen, with another
+    captions = [s["conversations"][1]["value"] for s in read(small / "pretrain.json")]
+    for text in captions + [json.dumps(read(small / f"{kind}.json")) for kind in ("finetune", "mixed")]:
+        assert not any(pair in text for pair in pairs), text
+    true = [pair["chosen"][1]["value"] for pair in read(small / "preference.json")]
+    assert true == captions and not any(pair in text for text in true for pair in pairs)
+    asked = [q for q in read(small / "questions.jsonl") if q["category"] == "unseen"]
+    assert len(asked) == 3 * 20
+    for color, shape, place in zip(*[iter(asked)] * 3):  # three questions about one object
+        assert f"{color['label']} {shape['label']}" in pairs
+        there = color["text"].removeprefix("what color is the object ").removesuffix(" ?")
+        assert (
+            place["text"] == f"where is the {color['label']} {shape['label']} ?" and place["label"] == there
+        )
+    seen = [q["text"] for q in read(small / "questions.jsonl") if q["category"] in world.SKILLS]
+    assert not any(pair in text for text in seen for pair in pairs)
+
+
+def test_pope_asks_for_what_is_not_there_in_three_ways(small):
+    captions = [s["conversations"][1]["value"].split() for s in read(small / "pretrain.json")]
+    common = Counter(word for words in captions for word in set(words) & set(WORDS))
+    objects = {q["image"]: set(" ".join(q["objects"]).split()) for q in read(small / "describe.jsonl")}
+    asked = [q for q in read(small / "questions.jsonl") if q["category"].startswith("POPE")]
+    assert Counter(q["category"] for q in asked) == {f"POPE {kind}": 40 for kind in world.POPE}
+    for q in asked:
+        word, there = q["text"].split()[-2], objects[q["image"]]
+        assert (q["label"] == "yes") == (word in there)
+        if q["label"] == "yes" or q["category"] == "POPE random":
+            continue
+        absent = [w for w in WORDS if w not in there]
+        company = {w: sum((w in c) * sum(o in c for o in there) for c in captions) for w in absent}
+        rank = company if "adversarial" in q["category"] else {w: common[w] for w in absent}
+        assert rank[word] == max(rank.values())
+    for kind in world.POPE:
+        labels = Counter(q["label"] for q in asked if q["category"] == f"POPE {kind}")
+        assert labels["yes"] == labels["no"]
+
+
+def test_what_is_scored_was_not_trained_on_and_rates_are_chosen_on_other_scenes(small):
+    images = {name: {q["image"] for q in read(small / name)}
+              for name in ("pretrain.json", "questions.jsonl", "val.jsonl", "describe.jsonl")}  # fmt: skip
+    assert not images["pretrain.json"] & (images["questions.jsonl"] | images["val.jsonl"])
+    assert not images["val.jsonl"] & images["questions.jsonl"]
+    assert images["describe.jsonl"] < images["questions.jsonl"]
+
+
+def test_seeds_are_other_scenes_and_all_kinds_of_data_have_the_same(small):
+    names = {}
+    for seed in 0, 1:
+        for kind in "pretrain", "finetune", "mixed", "preference":
+            records = read(world.write_subset(small, kind, 20, seed))
+            names.setdefault(seed, []).append({r["image"] for r in records})
+    assert all(len(images) == 20 and images == names[s][0] for s in names for images in names[s])
+    assert names[0][0] != names[1][0]
+
+
+# ---------------------------------------------------------------------------------- tables
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    """A Lab that plans without a world."""
+    monkeypatch.setattr(world, "write_world", lambda root: root.mkdir(parents=True))
+    monkeypatch.setattr(
+        world, "write_subset", lambda root, kind, n, seed: root / f"{kind}-{n}-seed{seed}.json"
+    )
+    return toy.Lab(tmp_path)
+
+
+def flag(argv: list[str], name: str) -> str | None:
+    """The last value of a flag, as argparse takes it."""
+    return next((argv[i + 1] for i in reversed(range(len(argv))) if argv[i] == f"--{name}"), None)
+
+
+def test_every_row_is_read_by_its_scripts_and_every_claim_names_rows(lab):
+    for table in TABLES.values():
+        for claim in table.claims:
+            assert {claim[0], claim[1]} <= table.rows.keys() and claim[0] != claim[1]
+        for recipe in table.rows.values():
+            for scenes in table.scenes:
+                stages = lab.chain(recipe, table.data, scenes, 3)
+                assert len(set(stages)) == len(stages) == recipe.count("|") + 1
+    for out, task in lab.tasks.items():
+        assert all(i in lab.tasks for i in task.inputs if i != lab.world)
+        if task.call is toy.train and "seed3" in str(out):
+            samples = int(re.search(r"-(\d+)-seed3", flag(task.argv, "data"))[1])
+            steps = toy.importlib.import_module(task.script).parse_args(task.argv).max_steps
+            assert int(flag(task.argv, "epochs")) * samples >= 32 * steps
+
+
+def test_stages_that_rows_share_are_planned_once(lab):
+    a, b = lab.chain("dpt | sft | dft", "finetune", 400, 0), lab.chain("dpt | sft", "finetune", 400, 0)
+    assert a[:2] == b
+    argv = {out.name: task.argv for out, task in lab.tasks.items() if task.call is toy.train}
+    assert flag(argv["dpt-sft-dft"], "student") == str(a[1])
+    assert (
+        flag(argv["dpt"], "teacher")
+        == flag(argv["dpt-sft-dft"], "teacher")
+        == str(lab.teacher("teacher", 400, 0)[-1])
+    )
+    mixed = lab.chain("pt | sft", "mixed", 400, 0)
+    plain = lab.chain("pt | sft", "finetune", 400, 0)
+    assert mixed[0] == plain[0] and mixed[1] != plain[1]  # PT reads captions in both
+    other = lab.chain("dpt --gamma 0 | sft", "finetune", 400, 0)
+    assert not set(other) & set(a) and other[0].name == "dpt.gamma=0"
+
+
+@pytest.mark.parametrize("strategy", ["bottom-up", "top-down"])
+def test_a_cascade_has_the_stages_of_ckd(lab, strategy):
+    """Teacher, start and loss of each stage are those of ckd.py's own plan."""
+    teachers = {name: str(lab.teacher(name, 400, 0)[-1]) for name in ("assistant", "teacher")}
+    down = strategy == "top-down"
+    argv = ["--teachers", *teachers.values(), "--strategy", strategy, "--vision", "v", "--llm", "small",
+            "--out", "o", "--pretrain_data", "p", "--finetune_data", "f"]  # fmt: skip
+    argv += ["--assistant_llms", "middle"] if down else []
+    wanted = [(stage.__name__, stage.parse_args(flags)) for stage, flags in ckd.plan(*ckd.parse_args(argv))]
+    if down:
+        folders = [*lab.teacher("distilled", 400, 0), *lab.chain(cascade("distilled"), "finetune", 400, 0)]
+    else:
+        folders = lab.chain(cascade("assistant", "teacher"), "finetune", 400, 0)
+    tasks = [lab.tasks[out] for out in folders]
+    mine = [(t.script, toy.importlib.import_module(t.script).parse_args(t.argv)) for t in tasks]
+    assert [script for script, _ in mine] == [script for script, _ in wanted]
+    place = dict(zip((args.out for _, args in wanted), map(str, folders)))
+    for (_, ours), (_, theirs) in zip(mine, wanted):
+        for name in ("targets", "alpha", "beta", "gamma", "relation"):
+            assert getattr(ours, name, None) == getattr(theirs, name, None)
+        for name in ("student", "teacher"):
+            theirs_at = getattr(theirs, name, None)
+            assert getattr(ours, name, None) == place.get(theirs_at, theirs_at)
+        if getattr(theirs, "llm", None):
+            assert ours.llm.endswith(theirs.llm)
+
+
+# ---------------------------------------------------------------------------------- statistics
+
+
+def test_intervals_are_students_t():
+    mean, half = results.interval([60.0, 62.0, 67.0])
+    assert mean == 63 and half == pytest.approx(4.303 * math.sqrt(13) / math.sqrt(3))
+    for freedom, known in {4: 2.776, 15: 2.131, 30: 2.042, 120: 1.980}.items():
+        assert results.t_975(freedom) == pytest.approx(known, abs=2e-3)
+    assert results.interval([5.0]) == (5.0, math.inf)
+
+
+def test_the_interval_covers_the_truth_19_times_of_20():
+    torch.manual_seed(0)
+    draws = torch.randn(4000, 5) + 2
+    covered = statistics.fmean(abs(mean - 2) < half for mean, half in map(results.interval, draws.tolist()))
+    assert 0.94 < covered < 0.96
+
+
+def test_a_verdict_comes_from_the_interval_alone():
+    assert results.verdict([1.0, 1.2, 0.9]) == "**reproduced**"
+    assert results.verdict([-1.0, -1.2, -0.9]) == "**reversed**"
+    assert results.verdict([3.0]) == "undecided"
+    undecided = [1.0, -1.0, 2.5]
+    n = int(re.fullmatch(r"undecided \((\d+) seeds would\)", results.verdict(undecided))[1])
+    spread, mean = statistics.stdev(undecided), statistics.fmean(undecided)
+    assert (
+        results.t_975(n - 1) * spread / math.sqrt(n) < mean < results.t_975(n - 2) * spread / math.sqrt(n - 1)
+    )
+
+
+def test_differences_are_paired_by_seed_and_lies_count_the_other_way():
+    def row(method: str, seed: int, accuracy: float, lies: float) -> dict:
+        return {"method": method, "seed": seed, "scenes": 400, "accuracy": accuracy, "response_rate": lies,
+                "by_category": {"unseen": accuracy}}  # fmt: skip
+
+    rows = [row("PD", 0, 60, 20), row("PD", 1, 70, 10), row("mimic", 1, 65, 30), row("mimic", 2, 1, 1)]
+    assert results.gains(rows, ("PD", "mimic"), 400) == [5]
+    assert results.gains(rows, ("PD", "mimic", "unseen"), 400) == [5]
+    assert results.gains(rows, ("PD", "mimic", "response_rate"), 400) == [20]
+    page = results.verdicts_of(Table("t", {}, [("PD", "mimic", "response_rate")]), rows)
+    assert "| PD lower than mimic | lies, answers | 400 | -20.0 | 1 of 1 | undecided |" in page
+
+
+# ------------------------------------------------------------------------- from a command to its page
+
+
+def test_a_table_is_filled_once_and_gone_on_with(tmp_path, monkeypatch, capsys):
+    """Tiny: two rows that share a stage, two seeds, two stages at a time."""
+    draw, few = world.write_world, dict.fromkeys(("pt", "dpt", "sft", "dft", "d2d", "d2s"), (3, 1e-3))
+    monkeypatch.setattr(world, "write_world", lambda root: draw(root, n_train=80, n_few=10, n_test=12))
+    monkeypatch.setattr(toy, "DEFAULTS", few)
+    monkeypatch.setitem(TEACHERS, "teacher", ("pt --llm middle | sft", "mixed", 80))
+    rows = {"dense": "pt | d2d", "sparse": "pt | d2d | d2s"}
+    table = Table(
+        "Tiny",
+        rows,
+        [("sparse", "dense"), ("sparse", "dense", "response_rate")],
+        "mixed",
+        (40,),
+        look="experts",
+    )
+    monkeypatch.setitem(TABLES, "mod12", table)
+    command = ["--table", "mod12", "--seeds", "2", "--out", str(tmp_path)]
+    toy.main(command)
+    report = read(tmp_path / "report.json")["rows"]
+    assert [(r["method"], r["seed"]) for r in report] == [
+        ("dense", 0), ("sparse", 0), ("dense", 1), ("sparse", 1), ("Teacher", 0)]  # fmt: skip
+    dense, sparse = report[:2]
+    assert dense["steps"] == 6 and sparse["steps"] == 9 and sparse["stages"][:2] == dense["stages"]
+    for row in report:
+        questions = read(tmp_path / "world/questions.jsonl")
+        said = read(tmp_path / "answers/questions" / Path(row["stages"][-1]).relative_to(tmp_path)
+                    / f"{Path(row['stages'][-1]).name}.jsonl")  # fmt: skip
+        right = [a["text"] == q["label"] for q, a in zip(questions, said) if q["category"] in world.SKILLS]
+        assert row["accuracy"] == pytest.approx(100 * statistics.fmean(right))
+        assert 0 <= row["recall"] <= 100 and row["seconds"] > 0
+    flops = {Path(s).name: read(tmp_path / f"flops/{Path(s).name}.json")["tflop"] for s in sparse["stages"]}
+    assert sparse["tflop"] == pytest.approx(sum(flops.values())) and flops["pt-d2d"] > 2 * flops["pt"]
+    page = (tmp_path / "mod12.md").read_text()
+    assert page in capsys.readouterr().out and "seeds 0, 1" in page
+    assert re.search(
+        r"\| sparse higher than dense \| accuracy \| 40 \| [+-][\d.]+ ± [\d.]+ \| \d of 2 \|", page
+    )
+    for picture in "mod12.png", "mod12-experts.png":
+        assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG" and f"({picture})" in page
+    models = [Path(s) / "model.safetensors" for row in report for s in row["stages"]]
+    made = {path: path.stat().st_mtime_ns for path in models}
+    (Path(sparse["stages"][-1]) / "run.json").unlink()  # as if it had been killed before its end
+    for path in Path(sparse["stages"][-1]).glob("*"):
+        path.unlink()
+    toy.main(command)
+    changed = [path for path in made if path.stat().st_mtime_ns != made[path]]
+    assert changed == [Path(sparse["stages"][-1]) / "model.safetensors"]
+    again = read(tmp_path / "report.json")["rows"]
+    assert [r["accuracy"] for r in again] == [r["accuracy"] for r in report]
+    monkeypatch.setitem(few, "d2s", (4, 1e-3))
+    toy.main([*command, "--seeds", "1"])
+    by_key = {(r["method"], r["seed"]): r["steps"] for r in read(tmp_path / "report.json")["rows"]}
+    assert by_key["sparse", 0] == 10 and by_key["sparse", 1] == 9
