@@ -173,7 +173,7 @@ def write_world(root: Path, n_train: int = N_TRAIN, n_few: int = 400, n_test: in
         train["preference"].append({"id": i, "image": name} | both)
         train["mixed"] += [true, *asked]
     by_number = [word for word, _ in common.most_common()]
-    for k in range(N_VAL + n_test + n_test // 2):
+    for k in range(N_VAL + n_test + n_test // 4):
         val, unseen = k < N_VAL, k >= N_VAL + n_test
         scene, name = paint_next(unseen)
         asked = [ask(scene, rng) for _ in range(2)]
@@ -181,7 +181,7 @@ def write_world(root: Path, n_train: int = N_TRAIN, n_few: int = 400, n_test: in
             thing = next(thing for thing in scene if thing[:2] in UNSEEN)
             asked = [("unseen", *about(scene, skill, thing)[1:]) for skill in ("color", "shape", "where")]
         elif not val:
-            asked += ask_pope(scene, rng, by_number, together) if k % 2 else []
+            asked += ask_pope(scene, rng, by_number, together) if k % 4 == 0 else []
             objects = [f"{color} {shape}" for color, shape, _ in scene]
             score["describe"].append({"image": name, "text": "describe", "objects": objects})
         score["val" if val else "questions"] += [
