@@ -118,7 +118,7 @@ class Lab:
             out = folders[-1].with_name(f"{folders[-1].name}-{name}") if folders else folder / name
             argv = to_argv(**SETTINGS | flags | {"out": out}) + words
             args = importlib.import_module(script).parse_args(argv)  # also refuses what it does not know
-            argv += ["--epochs", str(args.max_steps * BATCH // scenes + 1)]  # enough
+            argv += ["--epochs", str(args.max_steps // (scenes // BATCH) + 1)]  # enough
             self.plan(train, script, argv, out, [self.world, *inputs])
             self.plan(count, script, argv, self.out / "flops" / out.name, [out])
             folders.append(out)

@@ -29,8 +29,8 @@ COLUMNS = {
     "response_rate": "lies, answers", "mention_rate": "lies, objects", "recall": "recall",
 }  # fmt: skip
 LEGEND = """\
-Accuracy: percent of 2,000 questions on 1,000 scenes that no model was trained on, the mean over the seeds
-with its 95 % interval; then by skill. Unseen: questions about objects whose colour and shape no training
+Accuracy: percent of right answers about scenes that no model was trained on, the mean over the seeds with
+its 95 % interval; then by skill. Unseen: questions about objects whose colour and shape no training
 scene has together. POPE: is there a ...?, half of them not, chosen at random, the most common, or the one
 most often seen with what is there. Lies: percent of descriptions that name an object that is not there, and
 of the objects named; recall: percent of the objects that are named (CHAIR). Seconds (the median) and TFLOP

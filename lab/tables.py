@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-# Steps and peak learning rate of each stage, unless the row says others. The rates of last stages, here and in
-# the controls, are the best ones of the tables rates and rates-mod below, on the mean.
+# Steps and peak learning rate of each stage, unless the row says others. The rates of DFT, D2S and controls
+# are the best ones, on the mean, of the tables rates and rates-mod below.
 DEFAULTS = {"pt": (400, 3e-3), "dpt": (400, 3e-3), "sft": (400, 2e-3), "dft": (400, 8e-3),
             "d2d": (400, 2e-3), "d2s": (400, 8e-3), "pd": (100, 5e-4)}  # fmt: skip
 CKD = "--gamma 1 --relation columns"  # CKD's form of the loss
@@ -41,7 +41,8 @@ def cascade(*teachers: str) -> str:
 
 def at(stages: str) -> dict[str, str]:
     """Rows that differ in the peak learning rate of the last stage."""
-    return {row: row for row in (f"{stages} --lr {rate}" for rate in ("2e-3", "4e-3", "8e-3"))}
+    rows = (f"{stages} --lr {rate}" for rate in ("2e-3", "4e-3", "8e-3"))
+    return {row.replace(" | ", ", "): row for row in rows}
 
 
 # fmt: off
