@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import importlib
 import itertools
 import json
@@ -22,15 +23,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from graphlib import TopologicalSorter
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
@@ -39,7 +42,7 @@ from lab import world
 from lab.results import write_report
 from lab.tables import DEFAULTS, TABLES, TEACHERS, Table
 from support.flags import add_flags, cli, natural, new_parser, positive, to_argv
-from support.run import code_of
+from support.run import ROOT, code_of
 
 BATCH = 32
 SETTINGS = {"global_batch": BATCH, "micro_batch": BATCH, "max_len": 128, "workers": 0}
@@ -78,19 +81,22 @@ class Task(NamedTuple):
 
 
 class Lab:
-    """Plans the stages and scores of rows."""
+    """The world, and a plan of what is to be done in it: the stages and scores of rows."""
 
     def __init__(self, out: Path):
         self.out, self.world, self.tasks = out, out / "world", {}
-        draw = Task(world.write_world, "", [], self.world, [], {"code": code(world.__file__)})
-        if not draw.is_made():
+        drawn = Task(world.write_world, "", [], self.world, [], {"code": code(world.__file__)})
+        if not drawn.is_made():
             print(f"drawing the world in {self.world}")
-            draw.call(self.world)
-            draw.record()
+            shutil.rmtree(self.world, ignore_errors=True)
+            world.write_world(self.world)
+            drawn.record()
+        things = (f"{color} {shape}\n" for color in world.COLORS for shape in world.SHAPES)
+        (self.world / "objects.txt").write_text("".join(things))  # what a description may name
 
     def plan(self, call: Callable, script: str, argv: list[str], out: Path, inputs: list[Path]) -> None:
         """Plan a task; what a kind of stage costs does not depend on the flags of one run of it."""
-        made = {"code": code(f"{script}.py")} | ({"argv": argv} if call is not count else {})
+        made = {"code": code(ROOT / f"{script}.py")} | ({"argv": argv} if call is not count else {})
         self.tasks.setdefault(out, Task(call, script, argv, out, inputs, made))
 
     def chain(self, recipe: str, data: str, scenes: int, seed: int, folder: Path | None = None) -> list[Path]:
@@ -107,14 +113,15 @@ class Lab:
                 flags["student"] = folders[-1]
             else:
                 flags |= {"vision": world.BASE / "siglip", "llm": world.BASE / f"qwen-{size}"}
-            if name not in ("pt", "sft") and "--kl 0" not in text:
-                flags["teacher"] = self.teacher(teacher, scenes, seed)[-1]
+            if name not in ("pt", "sft") and " --kl 0 " not in f"{text} ":
+                flags["teacher"] = self.teacher(teacher)[-1]
                 inputs.append(flags["teacher"])
             if script == "mod_distill":
                 flags["step"] = name
             if script == "dpt":  # captions answer a question here, which the tiny language models know
                 flags["caption_only"] = False
-            name = slug(text) + f".{data}" * (script in ("sft", "dft") and data != "finetune")
+            usual = DATA.get(name, "mixed" if script == "mod_distill" else "finetune")
+            name = slug(text) + f".{kind}" * (kind != usual)
             out = folders[-1].with_name(f"{folders[-1].name}-{name}") if folders else folder / name
             argv = to_argv(**SETTINGS | flags | {"out": out}) + words
             args = importlib.import_module(script).parse_args(argv)  # also refuses what it does not know
@@ -124,20 +131,19 @@ class Lab:
             folders.append(out)
         return folders
 
-    def teacher(self, name: str, scenes: int, seed: int) -> list[Path]:
+    def teacher(self, name: str) -> list[Path]:
         """Plan a teacher; returns the folders of its stages."""
-        recipe, data, of_all = TEACHERS[name]
-        if of_all:
-            return self.chain(recipe, data, of_all, 0, self.out / name)
-        return self.chain(recipe, data, scenes, seed)
+        return self.chain(TEACHERS[name], "mixed", world.N_TRAIN, 0, self.out / name)
 
     def ask(self, table: Table, model: Path) -> None:
         """Plan what a model is asked: the questions, and to describe where it has learned to."""
         for file in (table.questions, "describe")[: 2 if table.data == "mixed" else 1]:
             out = self.answers(file, model)
-            metric, tokens = ("hallucination", 18) if file == "describe" else ("exact", 6)
+            how = {"metric": "exact", "max_new_tokens": 6}
+            if file == "describe":
+                how = {"metric": "hallucination", "max_new_tokens": 18, "objects": self.world / "objects.txt"}
             argv = to_argv(model=model, questions=self.world / f"{file}.jsonl", images=self.world / "images",
-                           out=out, batch=250, metric=metric, max_new_tokens=tokens)  # fmt: skip
+                           out=out, batch=250, **how)  # fmt: skip
             self.plan(score, "evaluate", argv, out, [self.world, model])
 
     def answers(self, questions: str, model: Path) -> Path:
@@ -149,7 +155,7 @@ class Lab:
         n = Counter(json.loads(line)["category"] for line in asked)
         (said,) = json.loads((self.answers(table.questions, stages[-1]) / "scores.json").read_text()).values()
         scores = said["by_category"]
-        row = {"method": method, "seed": seed, "scenes": scenes}
+        row = {"method": method, "seed": seed, "scenes": scenes, "version": self.version(stages)}
         row["accuracy"] = sum(scores[k] * n[k] for k in world.SKILLS) / sum(n[k] for k in world.SKILLS)
         row["by_category"] = scores
         described = self.answers("describe", stages[-1]) / "scores.json"
@@ -157,10 +163,22 @@ class Lab:
             (said,) = json.loads(described.read_text()).values()
             row |= {key: said[key] for key in ("response_rate", "mention_rate", "recall")}
         row["steps"] = sum(len((stage / "log.jsonl").read_text().splitlines()) for stage in stages)
-        row["seconds"] = sum(json.loads((stage / "run.json").read_text())["seconds"] for stage in stages)
+        seconds = (json.loads((stage / "run.json").read_text())["seconds"] for stage in stages)
+        reading = (json.loads(Path(f"{stage}.json").read_text()).get("reading", 0) for stage in stages)
+        row["seconds"] = sum(seconds) - sum(reading)
         costs = (self.out / "flops" / f"{stage.name}.json" for stage in stages)
         row["tflop"] = sum(json.loads(path.read_text())["tflop"] for path in costs)
         return row | {"stages": [str(stage) for stage in stages]}
+
+    def version(self, stages: list[Path]) -> str:
+        """What a row is made by, whatever its seed: kinds of its stages, their steps and rates, all code."""
+        made = (
+            [stage.name for stage in stages],
+            DEFAULTS,
+            [self.tasks[stage].made["code"] for stage in stages],
+        )
+        made = *made, code(world.__file__), code(evaluate.__file__)
+        return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:12]
 
 
 def slug(text: str) -> str:
@@ -186,15 +204,19 @@ def train(task: Task) -> None:
     if not task.is_made():
         shutil.rmtree(task.out, ignore_errors=True)
         task.record()
+    begun = reading.seconds
     importlib.import_module(task.script).main(task.argv)
+    task.record(reading=round(reading.seconds - begun, 1))
 
 
 def count(task: Task) -> None:
-    """Record the FLOPs of a kind of stage: those of a step, the teacher's forward pass included, times its
-    steps.
+    """Record the FLOPs of a kind of stage: the products of one step, the teacher's forward pass included,
+    times its steps. Torch's counter does not know fused attention on a CPU, nor products added in place.
     """
     stage = importlib.import_module(task.script)
-    with tempfile.TemporaryDirectory() as folder, FlopCounterMode(display=False) as counter:
+    added = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}
+    counter = FlopCounterMode(display=False, custom_mapping=added)
+    with tempfile.TemporaryDirectory() as folder, sdpa_kernel(SDPBackend.MATH), counter:
         stage.main([*task.argv, "--out", f"{folder}/step", "--max_steps", "1"])
     task.record(tflop=counter.get_total_flops() * stage.parse_args(task.argv).max_steps / 1e12)
 
@@ -205,9 +227,12 @@ def score(task: Task) -> None:
     task.record()
 
 
+reading = SimpleNamespace(seconds=0.0)  # that this process has spent on samples
+
+
 def start_worker(log: Path) -> None:
-    """One thread each, output to a file, an end with its parent's, and samples that are read once: reading
-    is three quarters of a step of this size.
+    """Prepare a worker: one thread; output goes to a log; it ends with its parent; and a sample is read once,
+    since reading takes three quarters of a step of this size.
     """
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(log, "a", buffering=1)
@@ -215,11 +240,15 @@ def start_worker(log: Path) -> None:
     read, kept = LlavaData.__getitem__, {}
 
     def read_once(data: LlavaData, i: int) -> dict:
-        key = data.index.place, data.encoder.max_len, len(data.image_processors), i
+        key, begun = (
+            (data.index.place, data.encoder.max_len, len(data.image_processors), i),
+            time.perf_counter(),
+        )
         if key not in kept:
             if len(kept) > 300_000:  # 2 GiB
                 kept.clear()
             kept[key] = read(data, i)
+        reading.seconds += time.perf_counter() - begun
         return kept[key]
 
     LlavaData.__getitem__ = read_once
@@ -227,23 +256,28 @@ def start_worker(log: Path) -> None:
 
 def end_with_parent() -> None:
     parent_process().join()
-    os.kill(os.getpid(), signal.SIGTERM)
+    while True:  # a stage saves its state and stops, then the worker itself
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
 
 
 def do(tasks: dict[Path, Task], jobs: int, out: Path) -> None:
     """Do all tasks that are not done, each after what it is made from, so many at a time."""
     order = TopologicalSorter({key: [i for i in task.inputs if i in tasks] for key, task in tasks.items()})
     order.prepare()
-    running, n = {}, 0
+    ready, running, n = deque(), {}, 0
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with ProcessPoolExecutor(jobs, get_context("spawn"), start_worker, (out / "stages.log",)) as pool:
         while order.is_active():
-            for key in order.get_ready():
+            ready += order.get_ready()
+            while ready and len(running) < jobs:
+                key = ready.popleft()
                 if tasks[key].is_done():
                     order.done(key)
                     n += 1
                 else:
                     running[pool.submit(tasks[key].call, tasks[key])] = key
+                ready += order.get_ready()
             for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
                 key = running.pop(future)
                 future.result()
@@ -276,11 +310,13 @@ def main(argv: list[str] | None = None) -> None:
                 stages = lab.chain(recipe, table.data, scenes, seed)
                 lab.ask(table, stages[-1])
                 planned.append((name, method, scenes, seed, stages))
-        for teacher, (_, _, scenes) in TEACHERS.items():
-            if teacher == "teacher" or (scenes and any(teacher in recipe for recipe in table.rows.values())):
-                stages = lab.teacher(teacher, scenes, 0)
+        for teacher in TEACHERS:
+            if teacher == "teacher" or any(
+                f"--teacher {teacher}" in recipe for recipe in table.rows.values()
+            ):
+                stages = lab.teacher(teacher)
                 lab.ask(table, stages[-1])
-                planned.append((name, teacher.capitalize(), scenes, 0, stages))
+                planned.append((name, teacher.capitalize(), world.N_TRAIN, 0, stages))
     do(lab.tasks, args.jobs, lab.out)
     rows = [{"table": name} | lab.row(TABLES[name], *rest) for name, *rest in planned]
     print(write_report(lab.out, rows, command=argv or sys.argv[1:], seconds=time.time() - start))

@@ -29,17 +29,18 @@ COLUMNS = {
     "response_rate": "lies, answers", "mention_rate": "lies, objects", "recall": "recall",
 }  # fmt: skip
 LEGEND = """\
-Accuracy: percent of right answers about scenes that no model was trained on, the mean over the seeds with
-its 95 % interval; then by skill. Unseen: questions about objects whose colour and shape no training
-scene has together. POPE: is there a ...?, half of them not, chosen at random, the most common, or the one
-most often seen with what is there. Lies: percent of descriptions that name an object that is not there, and
-of the objects named; recall: percent of the objects that are named (CHAIR). Seconds (the median) and TFLOP
-are those of all stages together, the teacher's forward passes included.
+Accuracy: percent of right answers about pictures that no model was trained on (most show what some training
+picture shows too), the mean over the seeds with its 95 % interval; then by skill. Unseen: questions about an
+object whose colour and shape no training scene has together. POPE: "is there a W ?", half of them with a W in
+the picture, else W is any other word, the most common one, or the one that most often accompanies what is
+there. Lies: percent of descriptions that name an object that is not there, and of the objects named; recall:
+percent of the objects that are named (CHAIR). Seconds (the median, without reading samples) and TFLOP (the
+teacher's forward passes included) are those of all stages of a row together.
 
 Intervals are Student's t over the seeds, which differ in the student's scenes, its new projector and the
-order of samples; a teacher is trained once. A claim is **reproduced** or **reversed** if the 95 % interval
-of the paired difference leaves out 0; else it is undecided, with the number of seeds that would decide it
-if mean and spread stayed as they are."""
+order of samples; a teacher is trained once. A claim is **reproduced** or **reversed** if the 95 % interval of
+the paired difference leaves out 0; else it is undecided, with the number of seeds that would decide it if mean
+and spread stayed as they are."""
 
 
 def t_975(freedom: int) -> float:
@@ -182,10 +183,15 @@ def draw(table: Table, rows: list[dict], path: Path) -> None:
 
 
 def write_report(out: Path, new: list[dict], command: list[str], seconds: float) -> str:
-    """Add rows to report.json and write a page and figures for each of their tables; returns the pages."""
+    """Write a page and figures for each table of the rows; returns the pages. Earlier rows with other seeds,
+    which are in report.json, count too if they were made in the same way.
+    """
     path, key = out / "report.json", lambda r: (r["table"], r["method"], r["scenes"], r["seed"])
     old = json.loads(path.read_text())["rows"] if path.exists() else []
-    rows = [row for row in old if key(row) not in set(map(key, new))] + new
+    keys, tables = {key(row) for row in new}, {row["table"] for row in new}
+    ways = {(*key(row)[:3], row["version"]) for row in new}
+    old = [r for r in old if r["table"] not in tables or (*key(r)[:3], r["version"]) in ways]
+    rows = [row for row in old if key(row) not in keys] + new
     path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     pages = []
     for name in dict.fromkeys(row["table"] for row in new):
@@ -193,11 +199,13 @@ def write_report(out: Path, new: list[dict], command: list[str], seconds: float)
         seeds = sorted({row["seed"] for row in mine if row["method"] in table.rows})
         draw(table, mine, out / f"{name}.png")
         pictures = [f"![{table.title}]({name}.png)"]
-        if table.look:
+        if table.figure:
             models = {row["method"]: row["stages"][-1] for row in mine
                       if row["seed"] == seeds[0] or row["method"] not in table.rows}  # fmt: skip
-            getattr(figures, f"draw_{table.look}")(models, out / "world", out / f"{name}-{table.look}.png")
-            pictures.append(f"![{table.look}, seed {seeds[0]}]({name}-{table.look}.png)")
+            getattr(figures, f"draw_{table.figure}")(
+                models, out / "world", out / f"{name}-{table.figure}.png"
+            )
+            pictures.append(f"![{table.figure}, seed {seeds[0]}]({name}-{table.figure}.png)")
         claims = [verdicts_of(table, mine)] if table.claims else []
         made = (
             f"`python toy.py {' '.join(command)}`, in {seconds / 60:.0f} minutes for what was not there yet"

@@ -138,7 +138,7 @@ def test_stages_that_rows_share_are_planned_once(lab):
     assert (
         flag(argv["dpt"], "teacher")
         == flag(argv["dpt-sft-dft"], "teacher")
-        == str(lab.teacher("teacher", 400, 0)[-1])
+        == str(lab.teacher("teacher")[-1])
     )
     mixed = lab.chain("pt | sft", "mixed", 400, 0)
     plain = lab.chain("pt | sft", "finetune", 400, 0)
@@ -173,14 +173,14 @@ def test_what_is_made_by_other_flags_or_code_or_before_its_inputs_is_made_again(
 @pytest.mark.parametrize("strategy", ["bottom-up", "top-down"])
 def test_a_cascade_has_the_stages_of_ckd(lab, strategy):
     """Teacher, start and loss of each stage are those of ckd.py's own plan."""
-    teachers = {name: str(lab.teacher(name, 400, 0)[-1]) for name in ("assistant", "teacher")}
+    teachers = {name: str(lab.teacher(name)[-1]) for name in ("assistant", "teacher")}
     down = strategy == "top-down"
     argv = ["--teachers", *teachers.values(), "--strategy", strategy, "--vision", "v", "--llm", "small",
             "--out", "o", "--pretrain_data", "p", "--finetune_data", "f"]  # fmt: skip
     argv += ["--assistant_llms", "middle"] if down else []
     wanted = [(stage.__name__, stage.parse_args(flags)) for stage, flags in ckd.plan(*ckd.parse_args(argv))]
     if down:
-        folders = [*lab.teacher("distilled", 400, 0), *lab.chain(cascade("distilled"), "finetune", 400, 0)]
+        folders = [*lab.teacher("distilled"), *lab.chain(cascade("distilled"), "finetune", 400, 0)]
     else:
         folders = lab.chain(cascade("assistant", "teacher"), "finetune", 400, 0)
     tasks = [lab.tasks[out] for out in folders]
@@ -248,7 +248,8 @@ def test_a_table_is_filled_once_and_gone_on_with(tmp_path, monkeypatch, capsys):
     draw, few = world.write_world, dict.fromkeys(("pt", "dpt", "sft", "dft", "d2d", "d2s"), (3, 1e-3))
     monkeypatch.setattr(world, "write_world", lambda root: draw(root, n_train=80, n_few=10, n_test=12))
     monkeypatch.setattr(toy, "DEFAULTS", few)
-    monkeypatch.setitem(TEACHERS, "teacher", ("pt --llm middle | sft", "mixed", 80))
+    monkeypatch.setitem(TEACHERS, "teacher", "pt --llm middle | sft")
+    monkeypatch.setattr(world, "N_TRAIN", 80)
     rows = {"dense": "pt | d2d", "sparse": "pt | d2d | d2s"}
     table = Table(
         "Tiny",
@@ -256,7 +257,7 @@ def test_a_table_is_filled_once_and_gone_on_with(tmp_path, monkeypatch, capsys):
         [("sparse", "dense"), ("sparse", "dense", "response_rate")],
         "mixed",
         (40,),
-        look="experts",
+        figure="experts",
     )
     monkeypatch.setitem(TABLES, "mod12", table)
     command = ["--table", "mod12", "--seeds", "2", "--out", str(tmp_path)]
