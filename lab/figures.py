@@ -23,13 +23,8 @@ KINDS = ("image: object", "image: nothing", "colour", "shape", "place", "other w
 
 def read_batch(model: Llava, world: Path) -> tuple[Batch, list[str]]:
     """The first samples of all data, and the caption of each."""
-    flags = {
-        "data": str(world / "mixed.json"),
-        "images": str(world / "images"),
-        "skip_bad": 0,
-        "max_len": 128,
-    }
-    data = LlavaData(argparse.Namespace(**flags), model)
+    files = {"data": str(world / "mixed.json"), "images": str(world / "images")}
+    data = LlavaData(argparse.Namespace(**files, skip_bad=0, max_len=128), model)
     records = json.loads((world / "mixed.json").read_text())[:N]
     captions = [records[i - i % 3]["conversations"][1]["value"] for i in range(len(records))]
     return data.collate([data[i] for i in range(len(records))]), captions
@@ -37,9 +32,8 @@ def read_batch(model: Llava, world: Path) -> tuple[Batch, list[str]]:
 
 def kinds_of(model: Llava, batch: Batch, captions: list[str]) -> torch.Tensor:
     """The number in KINDS of every token (B, T); -1 for padding."""
-    words = [
-        (word or "").replace("Ġ", "") for word in model.processor.tokenizer.convert_ids_to_tokens(range(512))
-    ]
+    tokens = model.processor.tokenizer.convert_ids_to_tokens(range(512))
+    words = [(token or "").replace("Ġ", "") for token in tokens]
     places = {word for place in PLACES for word in place.split()}
     of_word = [2 if w in COLORS else 3 if w in SHAPES else 4 if w in places else 5 for w in words]
     kinds = torch.tensor(of_word)[batch.input_ids].masked_fill(batch.attention_mask == 0, -1)
@@ -82,7 +76,7 @@ def draw_experts(models: dict[str, str], world: Path, path: Path) -> None:
 @torch.no_grad()
 def draw_relations(models: dict[str, str], world: Path, path: Path) -> None:
     """R of Eq. (4) for one scene, divided by its norm, of students and the teacher, which is the last model;
-    and L_rel, the mean over all scenes.
+    and L_rel, the mean over the scenes that are looked at.
     """
     from matplotlib.figure import Figure
 
@@ -95,12 +89,15 @@ def draw_relations(models: dict[str, str], world: Path, path: Path) -> None:
         r = self_correlation(h, gram(model.lm_head.weight, model.lm_head.weight))
         found[name] = r / r.flatten(1).norm(dim=1).view(-1, 1, 1)
     *_, teacher = found.values()
-    figure = Figure(figsize=(2.4 * len(found) + 2.4, 2.9), layout="constrained")
-    axes = figure.subplots(1, len(found) + 1)
-    axes[0].imshow(batch.pixel_values[0].permute(1, 2, 0))
-    axes[0].set_title("the scene, 4 x 4 patches", fontsize=9)
-    for axis, (name, r) in zip(axes[1:], found.items()):
+    rows, columns = -(-(len(found) + 1) // 5), min(5, len(found) + 1)
+    figure = Figure(figsize=(2.6 * columns, 2.9 * rows), layout="constrained")
+    scene, *axes = figure.subplots(rows, columns, squeeze=False).flat
+    scene.imshow(batch.pixel_values[0].permute(1, 2, 0))
+    scene.set_title("the scene, 4 x 4 patches", fontsize=9)
+    for axis, (name, r) in zip(axes, found.items()):
         axis.imshow(r[0], cmap="RdBu", vmin=-teacher[0].abs().max(), vmax=teacher[0].abs().max())
         axis.set_title(f"{name}\nL_rel to the teacher {relation_loss(r, teacher):.3f}", fontsize=9)
+    for axis in axes[len(found) :]:
+        axis.axis("off")
     figure.suptitle("R of LLaVA-KD's Eq. (4), between the patches", fontsize=10)
     figure.savefig(path, dpi=110)

@@ -39,8 +39,8 @@ teacher's forward passes included) are those of all stages of a row together.
 
 Intervals are Student's t over the seeds, which differ in the student's scenes, its new projector and the
 order of samples; a teacher is trained once. A claim is **reproduced** or **reversed** if the 95 % interval of
-the paired difference leaves out 0; else it is undecided, with the number of seeds that would decide it if mean
-and spread stayed as they are."""
+the paired difference leaves out 0; else it is undecided, with the number of seeds that would decide it if
+mean and spread stayed as they are."""
 
 
 def t_975(freedom: int) -> float:
@@ -174,6 +174,7 @@ def draw(table: Table, rows: list[dict], path: Path) -> None:
     if one:
         axis.set(yticks=range(len(names)), yticklabels=names, xlabel="accuracy, %, with its 95 % interval")
         axis.invert_yaxis()
+        axis.set_xlim(right=1.08 * axis.get_xlim()[1])  # room for the numbers
     else:
         axis.set(xscale="log", xlabel="scenes that the student sees", ylabel="accuracy, %")
         axis.set_xticks(table.scenes, [f"{n:,}" for n in table.scenes])

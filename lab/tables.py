@@ -130,15 +130,14 @@ TABLES = {
     "curve": Table("The gain against the number of the student's scenes", {
         "PT+SFT+SFT, equal time": f"{SFT} | {TIME}",
         "DPT+SFT+DFT": KD,
-        "DPT+SFT+DFT, then SFT": f"{KD} --max_steps 200 | sft --max_steps 400 --lr 4e-3",
-    }, [("DPT+SFT+DFT", "PT+SFT+SFT, equal time"), ("DPT+SFT+DFT, then SFT", "DPT+SFT+DFT")],
-        scenes=(200, 400, 1000, 4000, 16000)),
+    }, [("DPT+SFT+DFT", "PT+SFT+SFT, equal time")], scenes=(200, 400, 1000, 4000, 16000)),
     "terms": Table("The terms of the loss one at a time, at both ends", CONTROLS | {
         "DPT+SFT+DFT": KD,
         "L_res alone": "dpt --gamma 0 --targets response | sft | dft --gamma 0 --targets response",
         "L_vis alone": "dpt --gamma 0 --targets visual | sft | dft --gamma 0 --targets visual",
         "L_rel alone": "dpt --targets | sft | dft --targets",
-    }, [*BEST, *((term, "PT+SFT+SFT, equal time") for term in ("L_res alone", "L_vis alone", "L_rel alone"))],
+        "all, then SFT": f"{KD} --max_steps 200 | sft --max_steps 400 --lr 4e-3",
+    }, [*BEST, ("all, then SFT", "DPT+SFT+DFT"), *((term, "PT+SFT+SFT, equal time") for term in ("L_res alone", "L_vis alone", "L_rel alone"))],
         scenes=(200, 16000)),
     "wide": Table("The gain of a wider student", {
         "PT+SFT+SFT, equal time": f"pt --llm middle | sft | {TIME}",
