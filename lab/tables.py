@@ -137,8 +137,8 @@ TABLES = {
         "L_vis alone": "dpt --gamma 0 --targets visual | sft | dft --gamma 0 --targets visual",
         "L_rel alone": "dpt --targets | sft | dft --targets",
         "all, then SFT": f"{KD} --max_steps 200 | sft --max_steps 400 --lr 4e-3",
-    }, [*BEST, ("all, then SFT", "DPT+SFT+DFT"), *((term, "PT+SFT+SFT, equal time") for term in ("L_res alone", "L_vis alone", "L_rel alone"))],
-        scenes=(200, 16000)),
+    }, [*BEST, *((f"L_{term} alone", "PT+SFT+SFT, equal time") for term in ("res", "vis", "rel")),
+        ("all, then SFT", "DPT+SFT+DFT")], scenes=(200, 16000)),
     "wide": Table("The gain of a wider student", {
         "PT+SFT+SFT, equal time": f"pt --llm middle | sft | {TIME}",
         "DPT+SFT+DFT": "dpt --llm middle | sft | dft",
