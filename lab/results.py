@@ -104,16 +104,8 @@ def grouped(rows: list[dict]) -> dict[tuple[str, int], list[dict]]:
 
 def table_of(rows: list[dict]) -> str:
     columns = [name for name in (*SKILLS, *COLUMNS) if measure(rows[0], name) is not None]
-    head = [
-        "stages",
-        "scenes",
-        "accuracy",
-        *(COLUMNS.get(c, c) for c in columns),
-        "steps",
-        "seconds",
-        "TFLOP",
-    ]
-    lines = [head]
+    names = [COLUMNS.get(column, column) for column in columns]
+    lines = [["stages", "scenes", "accuracy", *names, "steps", "seconds", "TFLOP"]]
     for (method, scenes), group in grouped(rows).items():
         values = [plus_minus([measure(r, c) for r in group]) if c in COLUMNS
                   else f"{statistics.fmean(measure(r, c) for r in group):.0f}" for c in columns]  # fmt: skip
@@ -203,17 +195,14 @@ def write_report(out: Path, new: list[dict], command: list[str], seconds: float)
         if table.figure:
             models = {row["method"]: row["stages"][-1] for row in mine
                       if row["seed"] == seeds[0] or row["method"] not in table.rows}  # fmt: skip
-            getattr(figures, f"draw_{table.figure}")(
-                models, out / "world", out / f"{name}-{table.figure}.png"
-            )
-            pictures.append(f"![{table.figure}, seed {seeds[0]}]({name}-{table.figure}.png)")
+            picture = f"{name}-{table.figure}.png"
+            getattr(figures, f"draw_{table.figure}")(models, out / "world", out / picture)
+            pictures.append(f"![{table.figure}, seed {seeds[0]}]({picture})")
         claims = [verdicts_of(table, mine)] if table.claims else []
-        made = (
-            f"`python toy.py {' '.join(command)}`, in {seconds / 60:.0f} minutes for what was not there yet"
-        )
-        made = f"Made by {made}; seeds {', '.join(map(str, seeds))}; commit {commit()}; {machine()}."
-        page = "\n\n".join([f"# {table.title}", table_of(mine), *claims, *pictures, LEGEND, made]) + "\n"
-        (out / f"{name}.md").write_text(page)
-        pages.append(page)
-    (out / "report.md").write_text("\n".join(pages))
-    return "\n".join(pages)
+        how = f"`python toy.py {' '.join(command)}`, {seconds / 60:.0f} minutes for what was not there yet"
+        made = f"Made by {how}; seeds {', '.join(map(str, seeds))}; commit {commit()}; {machine()}."
+        pages.append("\n\n".join([f"# {table.title}", table_of(mine), *claims, *pictures, made]))
+        (out / f"{name}.md").write_text(f"{pages[-1]}\n\n{LEGEND}\n")
+    report = "\n\n".join([*pages, LEGEND]) + "\n"
+    (out / "report.md").write_text(report)
+    return report

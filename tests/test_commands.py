@@ -63,3 +63,12 @@ def test_the_commands_are_all_there():
     scripts = {word for _, words in COMMANDS for word in words if word.endswith(".py")}
     assert {"dpt.py", "sft.py", "dft.py", "mod_distill.py", "ckd.py", "evaluate.py"} <= scripts
     assert sum(name == "launch.md" for name, _ in COMMANDS) == 5
+
+
+def test_the_diff_of_the_guide_to_forks_fits_and_is_short():
+    (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "docs/fork.md").read_text(), re.S)
+    check = ["git", "apply", "--check", "-"]
+    told = subprocess.run(check, input=diff, cwd=ROOT, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    changed = [line for line in diff.splitlines() if re.match(r"[+-](?![+-])", line)]
+    assert len(changed) <= 12 and diff.count("diff --git") == 2

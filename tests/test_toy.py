@@ -277,7 +277,7 @@ def test_a_table_is_filled_once_and_gone_on_with(tmp_path, monkeypatch, capsys):
     flops = {Path(s).name: read(tmp_path / f"flops/{Path(s).name}.json")["tflop"] for s in sparse["stages"]}
     assert sparse["tflop"] == pytest.approx(sum(flops.values())) and flops["pt-d2d"] > 2 * flops["pt"]
     page = (tmp_path / "mod12.md").read_text()
-    assert page in capsys.readouterr().out and "seeds 0, 1" in page
+    assert page.strip() in capsys.readouterr().out and "seeds 0, 1" in page
     assert re.search(
         r"\| sparse higher than dense \| accuracy \| 40 \| [+-][\d.]+ ± [\d.]+ \| \d of 2 \|", page
     )
