@@ -166,7 +166,7 @@ def draw(table: Table, rows: list[dict], path: Path) -> None:
     if one:
         axis.set(yticks=range(len(names)), yticklabels=names, xlabel="accuracy, %, with its 95 % interval")
         axis.invert_yaxis()
-        axis.set_xlim(right=1.08 * axis.get_xlim()[1])  # room for the numbers
+        axis.set_xlim(right=1.1 * axis.get_xlim()[1])  # room for the numbers
     else:
         axis.set(xscale="log", xlabel="scenes that the student sees", ylabel="accuracy, %")
         axis.set_xticks(table.scenes, [f"{n:,}" for n in table.scenes])
@@ -180,7 +180,7 @@ def write_report(out: Path, new: list[dict], command: list[str], seconds: float)
     which are in report.json, count too if they were made in the same way.
     """
     path, key = out / "report.json", lambda r: (r["table"], r["method"], r["scenes"], r["seed"])
-    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    old = [r for r in json.loads(path.read_text())["rows"] if "version" in r] if path.exists() else []
     keys, tables = {key(row) for row in new}, {row["table"] for row in new}
     ways = {(*key(row)[:3], row["version"]) for row in new}
     old = [r for r in old if r["table"] not in tables or (*key(r)[:3], r["version"]) in ways]
