@@ -51,6 +51,13 @@ SPARSE = "pt | d2d --kl 0 --ar 1 | d2s --kl 0"  # MIMIC without a teacher
 METHOD = {"PT+SFT": SFT, "PT+SFT+SFT, equal time": f"{SFT} | {TIME}",
           "PT+SFT+SFT, equal FLOPs": f"{SFT} | {FLOPS}", "DPT+SFT+DFT": KD}
 BEST = [("DPT+SFT+DFT", control) for control in list(METHOD)[:3]]
+TERMS = {
+    "L_res alone": "dpt --gamma 0 --targets response | sft | dft --gamma 0 --targets response",
+    "L_vis alone": "dpt --gamma 0 --targets visual | sft | dft --gamma 0 --targets visual",
+    "L_rel alone": "dpt --targets | sft | dft --targets",
+    "half DFT, half SFT": f"{KD} --max_steps 200 | sft --max_steps 400 --lr 4e-3",
+    "DPT+SFT+DFT, as many steps": f"{KD} --max_steps 1400",
+}
 
 TABLES = {
     "kd2": Table("LLaVA-KD, Table 2: which stages are distilled", METHOD | {
@@ -130,16 +137,8 @@ TABLES = {
         "DPT+SFT+DFT": KD,
     }, [("DPT+SFT+DFT", "PT+SFT+SFT, equal time")], scenes=(200, 400, 1000, 4000, 16000)),
     "ends": Table("LLaVA-KD against both controls, at both ends", METHOD, BEST, scenes=(200, 16000)),
-    "terms": Table("The terms of the loss one at a time, at both ends", {
-        "PT+SFT+SFT, equal time": f"{SFT} | {TIME}",
-        "L_res alone": "dpt --gamma 0 --targets response | sft | dft --gamma 0 --targets response",
-        "L_vis alone": "dpt --gamma 0 --targets visual | sft | dft --gamma 0 --targets visual",
-        "L_rel alone": "dpt --targets | sft | dft --targets",
-        "DPT+SFT+DFT": KD,
-        "half DFT, half SFT": f"{KD} --max_steps 200 | sft --max_steps 400 --lr 4e-3",
-        "as many steps": f"{KD} --max_steps 1400",
-    }, [(row, "PT+SFT+SFT, equal time") for row in ("L_res alone", "L_vis alone", "L_rel alone", "DPT+SFT+DFT",
-        "half DFT, half SFT", "as many steps")], scenes=(200, 16000)),
+    "terms": Table("The terms of the loss one at a time, and more steps", METHOD | TERMS,
+        [(row, "PT+SFT+SFT, equal time") for row in ("DPT+SFT+DFT", *TERMS)], scenes=(200, 16000)),
     "wide": Table("The gain of a wider student", {
         "PT+SFT+SFT, equal time": f"pt --llm middle | sft | {TIME}",
         "DPT+SFT+DFT": "dpt --llm middle | sft | dft",
