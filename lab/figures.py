@@ -97,7 +97,7 @@ def draw_relations(models: dict[str, str], world: Path, path: Path) -> None:
     for axis, (name, r) in zip(axes, found.items()):
         axis.imshow(r[0], cmap="RdBu", vmin=-teacher[0].abs().max(), vmax=teacher[0].abs().max())
         axis.set_title(f"{name}\nL_rel to the teacher {relation_loss(r, teacher):.3f}", fontsize=9)
-    for axis in axes[len(found) :]:
+    for axis in (scene, *axes):
         axis.axis("off")
     figure.suptitle("R of LLaVA-KD's Eq. (4), between the patches", fontsize=10)
     figure.savefig(path, dpi=110)
