@@ -3,6 +3,7 @@
 python -m pytest tests/test_toy.py
 """
 
+import importlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import torch
 
 import ckd
 import toy
-from lab import results, world
+from lab import results, tasks, world
 from lab.tables import TABLES, TEACHERS, Table, cascade
 
 WORDS = [*world.COLORS, *world.SHAPES]
@@ -124,16 +125,16 @@ def test_every_row_is_read_by_its_scripts_and_every_claim_names_rows(lab):
                 assert len(set(stages)) == len(stages) == recipe.count("|") + 1
     for out, task in lab.tasks.items():
         assert all(i in lab.tasks for i in task.inputs if i != lab.world)
-        if task.call is toy.train and "seed3" in str(out):
+        if task.call is tasks.train and "seed3" in str(out):
             batches = int(re.search(r"-(\d+)-seed3", flag(task.argv, "data"))[1]) // 32  # of one epoch
-            steps = toy.importlib.import_module(task.script).parse_args(task.argv).max_steps
+            steps = importlib.import_module(task.script).parse_args(task.argv).max_steps
             assert int(flag(task.argv, "epochs")) * batches >= steps
 
 
 def test_stages_that_rows_share_are_planned_once(lab):
     a, b = lab.chain("dpt | sft | dft", "finetune", 400, 0), lab.chain("dpt | sft", "finetune", 400, 0)
     assert a[:2] == b
-    argv = {out.name: task.argv for out, task in lab.tasks.items() if task.call is toy.train}
+    argv = {out.name: task.argv for out, task in lab.tasks.items() if task.call is tasks.train}
     assert flag(argv["dpt-sft-dft"], "student") == str(a[1])
     assert (
         flag(argv["dpt"], "teacher")
@@ -148,8 +149,8 @@ def test_stages_that_rows_share_are_planned_once(lab):
 
 
 def test_what_is_made_by_other_flags_or_code_or_before_its_inputs_is_made_again(tmp_path):
-    def task(out: str, *inputs: Path, call=toy.score, **made: object) -> toy.Task:
-        return toy.Task(call, "sft", [], tmp_path / out, list(inputs), made)
+    def task(out: str, *inputs: Path, call=tasks.score, **made: object) -> tasks.Task:
+        return tasks.Task(call, "sft", [], tmp_path / out, list(inputs), made)
 
     before, after = task("a", argv=["--lr", "1"], code={"sft.py": "1"}), tmp_path / "a"
     assert not before.is_done()
@@ -161,7 +162,7 @@ def test_what_is_made_by_other_flags_or_code_or_before_its_inputs_is_made_again(
     assert task("b", after).is_done()
     os.utime(tmp_path / "b.json", ns=(0, 0))
     assert not task("b", after).is_done()  # older than what it is made from
-    stage = task("c", call=toy.train)
+    stage = task("c", call=tasks.train)
     stage.record()
     assert stage.is_made() and not stage.is_done()  # begun
     for seconds, done in ("null", False), ("1.5", True):
@@ -183,8 +184,8 @@ def test_a_cascade_has_the_stages_of_ckd(lab, strategy):
         folders = [*lab.teacher("distilled"), *lab.chain(cascade("distilled"), "finetune", 400, 0)]
     else:
         folders = lab.chain(cascade("assistant", "teacher"), "finetune", 400, 0)
-    tasks = [lab.tasks[out] for out in folders]
-    mine = [(t.script, toy.importlib.import_module(t.script).parse_args(t.argv)) for t in tasks]
+    planned = [lab.tasks[out] for out in folders]
+    mine = [(t.script, importlib.import_module(t.script).parse_args(t.argv)) for t in planned]
     assert [script for script, _ in mine] == [script for script, _ in wanted]
     place = dict(zip((args.out for _, args in wanted), map(str, folders)))
     for (_, ours), (_, theirs) in zip(mine, wanted):
