@@ -64,7 +64,7 @@ def draw_experts(models: dict[str, str], world: Path, path: Path) -> None:
             router.chosen[kinds == k].flatten().bincount(minlength=router.num_experts) for k in range(6)
         ]
         shares = torch.stack([count / count.sum() for count in chosen])  # (kinds, E)
-        axis.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        axis.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
         for (k, e), share in zip(torch.cartesian_prod(*map(torch.arange, shares.shape)), shares.flatten()):
             axis.text(e, k, f"{100 * share:.0f}", ha="center", va="center", color="w" if share > 0.6 else "k")
         axis.set(yticks=range(6), yticklabels=KINDS, xticks=range(router.num_experts), xlabel="expert")
@@ -92,10 +92,12 @@ def draw_relations(models: dict[str, str], world: Path, path: Path) -> None:
     rows, columns = -(-(len(found) + 1) // 5), min(5, len(found) + 1)
     figure = Figure(figsize=(2.6 * columns, 2.9 * rows), layout="constrained")
     scene, *axes = figure.subplots(rows, columns, squeeze=False).flat
-    scene.imshow(batch.pixel_values[0].permute(1, 2, 0))
+    scene.imshow(batch.pixel_values[0].permute(1, 2, 0).numpy())
     scene.set_title("the scene, 4 x 4 patches", fontsize=9)
     for axis, (name, r) in zip(axes, found.items()):
-        axis.imshow(r[0], cmap="RdBu", vmin=-teacher[0].abs().max(), vmax=teacher[0].abs().max())
+        axis.imshow(
+            r[0].numpy(), cmap="RdBu", vmin=-float(teacher[0].abs().max()), vmax=float(teacher[0].abs().max())
+        )
         axis.set_title(f"{name}\nL_rel to the teacher {relation_loss(r, teacher):.3f}", fontsize=9)
     for axis in (scene, *axes):
         axis.axis("off")
