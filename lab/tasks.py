@@ -86,8 +86,8 @@ reading = SimpleNamespace(seconds=0.0)  # that this process has spent on samples
 
 
 def start_worker(log: Path) -> None:
-    """Prepare a worker: one thread; output goes to a log; it ends with its parent; and a sample is read once,
-    since reading takes three quarters of a step of this size.
+    """Prepare a worker: one thread; output goes to a log; it ends with its parent; and a file's sample is read
+    once, since reading takes three quarters of a step of this size.
     """
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(log, "a", buffering=1)
@@ -95,10 +95,8 @@ def start_worker(log: Path) -> None:
     read, kept = LlavaData.__getitem__, {}
 
     def read_once(data: LlavaData, i: int) -> dict:
-        key, begun = (
-            (data.index.place, data.encoder.max_len, len(data.image_processors), i),
-            time.perf_counter(),
-        )
+        begun = time.perf_counter()
+        key = data.index.place, data.encoder.max_len, len(data.image_processors), i
         if key not in kept:
             if len(kept) > 300_000:  # 2 GiB
                 kept.clear()
