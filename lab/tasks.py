@@ -86,8 +86,8 @@ reading = SimpleNamespace(seconds=0.0)  # that this process has spent on samples
 
 
 def start_worker(log: Path) -> None:
-    """Prepare a worker: one thread; output goes to a log; it ends with its parent; and a file's sample is read
-    once, since reading takes three quarters of a step of this size.
+    """Prepare a worker: one thread; output goes to a log; it ends with its parent; and a sample of a file is
+    read once, since reading takes three quarters of a step of this size.
     """
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(log, "a", buffering=1)
