@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import importlib
 import itertools
 import json
@@ -23,7 +22,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import evaluate
 from lab import world
 from lab.results import write_report
 from lab.tables import DEFAULTS, TABLES, TEACHERS, Table
@@ -35,7 +33,9 @@ BATCH = 32
 SETTINGS = {"global_batch": BATCH, "micro_batch": BATCH, "max_len": 128, "workers": 0}
 SCRIPTS = {"pt": "dpt", "dpt": "dpt", "sft": "sft", "dft": "dft"}  # all others: steps of mod_distill
 DATA = {"pt": "pretrain", "dpt": "pretrain", "pd": "preference"}  # all others: as the table says
-METHODS = {"kd": ["kd2"], "mod": ["mod4", "mod5"], "ckd": ["ckd1", "ckd3"]}
+OWN = argparse.ArgumentParser(allow_abbrev=False)  # flags of a stage that are the lab's own
+OWN.add_argument("--llm", default="small")
+OWN.add_argument("--teacher", default="teacher")
 code = functools.cache(code_of)
 
 
@@ -64,16 +64,16 @@ class Lab:
         for k, text in enumerate(recipe.split(" | ")):
             name, *words = text.split()
             script, kind, (steps, lr) = SCRIPTS.get(name, "mod_distill"), DATA.get(name, data), DEFAULTS[name]
-            size, teacher = take(words, "--llm", "small"), take(words, "--teacher", "teacher")
+            own, words = OWN.parse_known_args(words)
             flags = {"data": world.write_subset(self.world, kind, scenes, seed), "seed": seed + 100 * k}
             flags |= {"images": self.world / "images", "max_steps": steps, "lr": lr}
             inputs = folders[-1:]
             if folders:
                 flags["student"] = folders[-1]
             else:
-                flags |= {"vision": world.BASE / "siglip", "llm": world.BASE / f"qwen-{size}"}
+                flags |= {"vision": world.BASE / "siglip", "llm": world.BASE / f"qwen-{own.llm}"}
             if name not in ("pt", "sft") and " --kl 0 " not in f"{text} ":
-                flags["teacher"] = self.teacher(teacher)[-1]
+                flags["teacher"] = self.teacher(own.teacher)[-1]
                 inputs.append(flags["teacher"])
             if script == "mod_distill":
                 flags["step"] = name
@@ -114,7 +114,7 @@ class Lab:
         n = Counter(json.loads(line)["category"] for line in asked)
         (said,) = json.loads((self.answers(table.questions, stages[-1]) / "scores.json").read_text()).values()
         scores = said["by_category"]
-        row = {"method": method, "seed": seed, "scenes": scenes, "version": self.version(stages)}
+        row = {"method": method, "seed": seed, "scenes": scenes}
         row["accuracy"] = sum(scores[k] * n[k] for k in world.SKILLS) / sum(n[k] for k in world.SKILLS)
         row["by_category"] = scores
         described = self.answers("describe", stages[-1]) / "scores.json"
@@ -129,37 +129,16 @@ class Lab:
         row["tflop"] = sum(json.loads(path.read_text())["tflop"] for path in costs)
         return row | {"stages": [str(stage) for stage in stages]}
 
-    def version(self, stages: list[Path]) -> str:
-        """What a row is made by, whatever its seed: kinds of its stages, their steps and rates, all code."""
-        made = (
-            [stage.name for stage in stages],
-            DEFAULTS,
-            [self.tasks[stage].made["code"] for stage in stages],
-        )
-        made = *made, code(world.__file__), code(evaluate.__file__)
-        return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:12]
-
 
 def slug(text: str) -> str:
     """A folder's name for a stage: "dft --gamma 0" becomes dft.gamma=0."""
     return text.replace(" --", ".").replace(" ", "=")
 
 
-def take(words: list[str], flag: str, default: str) -> str:
-    """Take a flag of the lab's own, and its value, out of the words of a stage."""
-    if flag not in words:
-        return default
-    k = words.index(flag)
-    value = words[k + 1]
-    del words[k : k + 2]
-    return value
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add_flags(parser, "the experiment", [
-        ("--table", list(TABLES), [], "tables to fill; default: those of --method"),
-        ("--method", tuple(METHODS), "kd", "the paper: LLaVA-KD, LLaVA-MoD (mod) or LLaVA-CKD (ckd)"),
+        ("--table", list(TABLES), ["kd2"], "tables to fill"),
         ("--out", str, "out/toy", "folder for the world, all runs and the report"),
         ("--seeds", positive, 1, "how often each student is trained; at least 3 for a verdict"),
         ("--first_seed", natural, 0, "the first of the seeds"),
@@ -171,8 +150,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args, start = parse_args(argv), time.time()
     lab, planned = Lab(Path(args.out)), []
-    names = args.table or METHODS[args.method]
-    for name in names:
+    for name in args.table:
         table = TABLES[name]
         for seed in range(args.first_seed, args.first_seed + args.seeds):
             for scenes, (method, recipe) in itertools.product(table.scenes, table.rows.items()):

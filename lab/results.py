@@ -175,19 +175,11 @@ def draw(table: Table, rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def write_report(out: Path, new: list[dict], command: list[str], seconds: float) -> str:
-    """Write a page and figures for each table of the rows; returns the pages. Earlier rows with other seeds,
-    which are in report.json, count too if they were made in the same way.
-    """
-    path, key = out / "report.json", lambda r: (r["table"], r["method"], r["scenes"], r["seed"])
-    old = [r for r in json.loads(path.read_text())["rows"] if "version" in r] if path.exists() else []
-    keys, tables = {key(row) for row in new}, {row["table"] for row in new}
-    ways = {(*key(row)[:3], row["version"]) for row in new}
-    old = [r for r in old if r["table"] not in tables or (*key(r)[:3], r["version"]) in ways]
-    rows = [row for row in old if key(row) not in keys] + new
-    path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+def write_report(out: Path, rows: list[dict], command: list[str], seconds: float) -> str:
+    """Write all rows as JSON, and a page and figures for each table; returns the pages."""
+    (out / "report.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     pages = []
-    for name in dict.fromkeys(row["table"] for row in new):
+    for name in dict.fromkeys(row["table"] for row in rows):
         table, mine = TABLES[name], [row for row in rows if row["table"] == name]
         seeds = sorted({row["seed"] for row in mine if row["method"] in table.rows})
         draw(table, mine, out / f"{name}.png")

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import open_data
+from transformers import AutoProcessor
 
 import ckd
 import toy
@@ -169,6 +171,26 @@ def test_what_is_made_by_other_flags_or_code_or_before_its_inputs_is_made_again(
         (tmp_path / "c").mkdir(exist_ok=True)
         (tmp_path / "c/run.json").write_text(f'{{\n "seconds": {seconds}\n}}\n')
         assert stage.is_done() == done
+
+
+def test_a_sample_is_read_once_whatever_file_it_is_in(world, checkpoints, tmp_path):
+    processor, samples, asked = (
+        AutoProcessor.from_pretrained(checkpoints["small"]),
+        read(world / "train.json"),
+        [],
+    )
+    (tmp_path / "other.json").write_text(json.dumps(samples[::-1]))
+    files = world / "train.json", tmp_path / "other.json"
+    first, other = (open_data(path, world / "images", processor) for path in files)
+    longer = open_data(files[0], world / "images", processor, max_len=999)
+    read_once = tasks.read_once(lambda data, i: asked.append(i) or data[i])
+    for data in first, other, longer, first:
+        for i in range(len(data)):
+            found, wanted = read_once(data, i), data[i]
+            assert found["rows"] == wanted["rows"] and found["bad"] == wanted["bad"]
+            if wanted["pixels"]:
+                assert torch.equal(found["pixels"][0], wanted["pixels"][0])
+    assert asked == [*range(len(first)), *range(len(longer))]
 
 
 @pytest.mark.parametrize("strategy", ["bottom-up", "top-down"])
