@@ -4,13 +4,13 @@
 
 First the stage (dpt, sft, dft, d2d, d2s, pd), then its own flags as they will be given to it and those below.
 A model is a hub name or a folder, in which config.json is enough; one that does not exist yet is written
-VISION+LLM, as google/siglip-so400m-patch14-384+Qwen/Qwen1.5-4B (for pd: what d2s makes of it).
+VISION+LLM, as google/siglip-so400m-patch14-384+Qwen/Qwen1.5-4B (for pd: what d2s makes of it). Of the parts,
+"losses" are logits and gradients of their chunks, "backward" is that of a layer, "set aside" is CUDA's own.
 """
 
 import argparse
 import copy
-from collections.abc import Iterator
-from types import SimpleNamespace
+from collections.abc import Callable
 
 import torch
 import transformers as hf
@@ -34,111 +34,114 @@ SET_ASIDE = 2 * GIB  # of a GPU: CUDA's own, nccl's buffers, fragments
 def read_config(path: str) -> hf.LlavaConfig:
     """The config of a LLaVA checkpoint, or of a new model VISION+LLM."""
     with loading(f"the config of {path}"):
-        configs = [hf.AutoConfig.from_pretrained(part) for part in path.split("+")]
-    right = [c.model_type for c in configs] == ["llava"] or len(configs) == 2
-    require(right, f"{path} is a '{configs[0].model_type}' model: give a LLaVA checkpoint or VISION+LLM")
-    if len(configs) == 1:
-        return configs[0]
-    vision, text = getattr(configs[0], "vision_config", configs[0]), configs[1]
+        config, *llm = [hf.AutoConfig.from_pretrained(part) for part in path.split("+")]
+    if not llm:
+        kind = config.model_type
+        require(kind == "llava", f"{path} is a '{kind}' model: give a LLaVA checkpoint or VISION+LLM")
+        return config
+    vision = getattr(config, "vision_config", config)
     vision.vision_use_head = False
-    return hf.LlavaConfig(vision_config=vision, text_config=text, vision_feature_select_strategy="full",
-                          tie_word_embeddings=text.tie_word_embeddings)  # fmt: skip
+    return hf.LlavaConfig(vision_config=vision, text_config=llm[0], vision_feature_select_strategy="full",
+                          tie_word_embeddings=llm[0].tie_word_embeddings)  # fmt: skip
 
 
 def sizes(config: hf.LlavaConfig, args: argparse.Namespace | None = None) -> dict[str, float]:
     """Numbers of parameters by part; with the `args` of d2s or pd, of the sparse model that comes of it."""
     config = copy.deepcopy(config)
     with torch.device("meta"):
-        model = hf.LlavaForConditionalGeneration(config).model
-        body = model.language_model
+        llava = hf.LlavaForConditionalGeneration(config)
+        model, body = llava.model, llava.model.language_model
         if args and config.text_config.model_type == "qwen2":
-            student = SimpleNamespace(config=config, language_model=body)
-            moe.sparsify(student, args.experts, args.top_k, args.moe_layers)
-    count = lambda part: sum(p.numel() for p in part.parameters())  # noqa: E731
+            moe.sparsify(model, args.experts, args.top_k, args.moe_layers)
+    count = lambda *parts: sum(p.numel() for part in parts for p in part.parameters())  # noqa: E731
     text, sparse = config.text_config, [m for m in body.modules() if hasattr(m, "shared_expert_gate")]
-    n = {"vision": count(model.vision_tower), "projector": count(model.multi_modal_projector),
-         "head": count(body.embed_tokens), "body": count(body) - count(body.embed_tokens),
-         "moe": sum(map(count, sparse)), "sparse layers": len(sparse)}  # fmt: skip
-    heads, top_k = n["head"] * (1 if config.tie_word_embeddings else 2), 1
-    if sparse:
-        top_k = text.num_experts_per_tok
-        n["idle"] = n["moe"] * (1 - top_k / text.num_experts)
-    return {"idle": 0, "top_k": top_k, "all": n["vision"] + n["projector"] + n["body"] + heads} | n
+    top_k, experts = (text.num_experts_per_tok, text.num_experts) if sparse else (1, 1)
+    return {
+        "all": count(llava), "vision": count(model.vision_tower), "head": count(body.embed_tokens),
+        "projector": count(model.multi_modal_projector), "body": count(body) - count(body.embed_tokens),
+        "moe": count(*sparse), "idle": count(*sparse) * (1 - top_k / experts), "top_k": top_k,
+        "sparse layers": len(sparse), "width": text.hidden_size,
+    }  # fmt: skip
 
 
-def kept_for_backward(text: hf.PretrainedConfig, shape: tuple[int, int], dtype: torch.dtype) -> list[int]:
-    """Bytes that a dense language model keeps for its backward pass on (B, T) tokens: without layers, by each
-    layer, and of that by its FFN. It is run on tensors that have shapes and no numbers.
-    """
-    seen, amounts = {}, []
-    if text.model_type == "qwen2_moe":  # of a token each expert keeps what the dense FFN would
-        dense = {"model_type": "qwen2", "intermediate_size": text.moe_intermediate_size}
-        text = hf.Qwen2Config(**text.to_dict() | dense)
+def kept_by(run: Callable[[], object]) -> int:
+    """Bytes that autograd keeps of `run` for its backward pass, without weights."""
+    kept = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
         if not isinstance(x, torch.nn.Parameter):
-            seen[x.untyped_storage()._cdata] = x.untyped_storage().nbytes(), x
+            kept[x.untyped_storage()._cdata] = x.untyped_storage()
         return x
 
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        _ = run()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def kept_by_llm(text: hf.PretrainedConfig, shape: tuple[int, int], dtype: torch.dtype) -> list[int]:
+    """Bytes that a dense language model keeps for its backward pass on (B, T) tokens: without layers, by each
+    layer, and of that by its FFN. It is run on tensors that have shapes and no numbers.
+    """
+    text = copy.deepcopy(text)
+    if text.model_type == "qwen2_moe":  # of a token each expert keeps what the dense FFN would
+        dense = {"model_type": "qwen2", "intermediate_size": text.moe_intermediate_size}
+        text = hf.Qwen2Config(**text.to_dict() | dense)
+    text.num_hidden_layers = 2
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
-        x = torch.empty(*shape, text.hidden_size, requires_grad=True)
-        for n_layers in 1, 2:
-            text = copy.deepcopy(text)
-            text.num_hidden_layers, text.layer_types = n_layers, text.layer_types[:1] * n_layers
-            body = hf.AutoModel.from_config(text)
-            for run in (lambda: body(inputs_embeds=x, use_cache=False), lambda: body.layers[0].mlp(x)):
-                seen.clear()
-                with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-                    out = run()
-                amounts.append(sum(n_bytes for n_bytes, _ in seen.values()))
-                del out
-    one, ffn, two, _ = amounts
+        x, body = torch.empty(*shape, text.hidden_size, requires_grad=True), hf.AutoModel.from_config(text)
+        ffn = kept_by(lambda: body.layers[0].mlp(x))
+        two = kept_by(lambda: body(inputs_embeds=x, use_cache=False))
+        del body.layers[1]
+        one = kept_by(lambda: body(inputs_embeds=x, use_cache=False))
     return [2 * one - two, two - one, ffn]
 
 
-def step(args: argparse.Namespace, tokens: int) -> dict[str, float]:
-    """Bytes by part in a step on samples of an image and `tokens` tokens in all, and FLOPs of a sample."""
+def step(args: argparse.Namespace, tokens: int | None = None) -> dict[str, float]:
+    """Bytes by part in a step, and FLOPs of a sample: an image and --text tokens, or `tokens` in all."""
     config = read_config(args.student)
     text, vision, gpu = config.text_config, config.vision_config, args.gpus > 0
     dtype = precision(args.dtype, torch.bfloat16 if gpu else torch.float32)
     n_visual = (vision.image_size // vision.patch_size) ** 2
+    tokens = tokens or n_visual + args.text
     require(tokens > n_visual, f"samples of {tokens} tokens have no room for an image of {n_visual}")
     n, answers = sizes(config, args if args.stage in mod_distill.SPARSE else None), 1 + (args.stage == "pd")
-    whole = n["all"] - n["vision"] - n["projector"]
-    part = {"dpt": 0, "d2s": n["moe"], "pd": n["moe"]}.get(args.stage, whole)
-    trained, head_too, t_bytes = n["projector"] + part, args.stage in ("sft", "dft", "d2d"), 0
-    t, t_width = dict.fromkeys(n, 0), 0
+    llm = n["all"] - n["vision"] - n["projector"]
+    part = {"dpt": 0, "d2s": n["moe"], "pd": n["moe"]}.get(args.stage, llm)  # of it that is trained
+    trained, head_too = n["projector"] + part, args.stage in ("sft", "dft", "d2d")
+    t, t_bytes = dict.fromkeys(n, 0), 0  # the teacher's, if there is one
     if getattr(args, "teacher", None):
         theirs = read_config(args.teacher)
         t, t_bytes = sizes(theirs), precision(args.teacher_dtype, dtype).itemsize
-        t_width = theirs.text_config.hidden_size
         looks = [c.vision_config.to_dict() | {"layer": c.vision_feature_layer} for c in (config, theirs)]
         if looks[0] == looks[1]:  # then one tower serves both
             t["all"], t["vision"] = t["all"] - t["vision"], 0
+    targets, gamma = getattr(args, "targets", []), bool(getattr(args, "gamma", 0))
 
     # ---- memory
-    d, v, rows = text.hidden_size, text.vocab_size, args.micro_batch * answers
-    stream, n_layers = 4 * rows * tokens * d, text.num_hidden_layers  # the hidden states between two layers
-    rest, layer, ffn = kept_for_backward(text, (rows, tokens), dtype)
+    rows, n_layers = args.micro_batch * answers, text.num_hidden_layers
+    stream = 4 * rows * tokens * n["width"]  # the hidden states between two layers
+    rest, layer, ffn = kept_by_llm(text, (rows, tokens), dtype)
     more = ffn * (n["top_k"] - 1)  # of a sparse layer
-    kept = {False: n_layers * layer + n["sparse layers"] * more, True: layer + more + n_layers * stream}
-    n_read = rows * (tokens if "visual" in getattr(args, "targets", []) else tokens - n_visual)
-    gamma, d_head = bool(getattr(args, "gamma", 0)), 4 * v * d * head_too
-    at_once = (chunks.CHUNK * chunks.ON_GPU,) * 2 if gpu else (chunks.CHUNK, chunks.BLOCK)
-    chunk, block = (min(n_read * v, size) for size in at_once)
+    kept = n_layers * layer + n["sparse layers"] * more
+    if args.gradient_checkpointing:
+        kept = layer + more + n_layers * stream
+    n_read = rows * (tokens if "visual" in targets else tokens - n_visual)  # whose logits are formed
+    logits, d_head = n_read * text.vocab_size, 4 * n["head"] * head_too
+    chunk = min(logits, chunks.CHUNK * (chunks.ON_GPU if gpu else 1))
+    block = chunk if gpu else min(logits, chunks.BLOCK)
+    grams = 8 * gamma * (n["width"] ** 2 + t["width"] ** 2)
     need = {
         "student": 4 * n["all"], "teacher": t_bytes * t["all"], "gradients": 4 * trained,
         "optimizer": 8 * trained / (args.gpus if args.shard == "optimizer" and gpu else 1),
-        "kept": rest + stream + kept[args.gradient_checkpointing],
-        "otherwise": rest + stream + kept[not args.gradient_checkpointing],
-        "losses": chunk * (dtype.itemsize + t_bytes) + 28 * block + d_head + 8 * gamma * (d**2 + t_width**2),
-        "backward": layer + more + d_head,
+        "activations": rest + stream + kept,
+        "losses": chunk * (dtype.itemsize + t_bytes) + 28 * block + d_head + grams,
+        "backward": layer + more + d_head, "set aside": SET_ASIDE * gpu,
     }  # fmt: skip
     # Gradients of a single pass come into being as activations go; between several passes they stay.
     stay = args.gpus > 1 or args.global_batch > args.micro_batch
-    during = need["kept"] + max(need["losses"], need["backward"]) + need["gradients"] * stay
+    during = need["activations"] + max(need["losses"], need["backward"]) + need["gradients"] * stay
     most = max(during, need["gradients"] + need["backward"])
-    need["together"] = need["student"] + need["teacher"] + need["optimizer"] + most + SET_ASIDE * gpu
+    need["together"] = most + sum(need[name] for name in ("student", "teacher", "optimizer", "set aside"))
 
     # ---- arithmetic: two operations for a weight and token, two for the gradient of what goes in, and two
     # for the gradient of the weight, if it is trained. Attention's own products are left out.
@@ -146,18 +149,8 @@ def step(args: argparse.Namespace, tokens: int) -> dict[str, float]:
     flops = 2 * tokens * answers * ((n["body"] - n["idle"]) * passes + moved + t["body"])
     flops += 2 * n_visual * (n["vision"] + t["vision"] + 3 * n["projector"] + t["projector"])
     flops += 2 * n_read / args.micro_batch * (n["head"] * (2 + head_too) + t["head"])
-    flops += 6 * n["head"] * d / args.micro_batch * gamma * head_too  # W^T W and its gradient
+    flops += 6 * n["head"] * n["width"] / args.micro_batch * gamma * head_too  # W^T W and its gradient
     return need | {"flops": flops, "n_student": n["all"], "n_trained": trained, "n_teacher": t["all"]}
-
-
-def changes(args: argparse.Namespace) -> Iterator[tuple[str, argparse.Namespace]]:
-    """What makes a run smaller, one flag more each time: the flags changed so far, and all arguments."""
-    halves = [("micro_batch", args.micro_batch >> k) for k in range(1, args.micro_batch.bit_length())]
-    sharding, changed = [("shard", "optimizer")] if args.gpus > 1 else [], {}
-    for name, value in [("gradient_checkpointing", True), *sharding, *halves]:
-        if getattr(args, name) != value:
-            changed[name] = value
-            yield " ".join(to_argv(**changed)), argparse.Namespace(**vars(args) | changed)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -179,35 +172,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    tower = read_config(args.student).vision_config
-    tokens = (tower.image_size // tower.patch_size) ** 2 + args.text
-    need, longest, limit = step(args, tokens), step(args, args.max_len)["together"], args.memory * GIB
-    other = f"   (with{'out' * args.gradient_checkpointing} --gradient_checkpointing)"
-    where = f"each of {args.gpus} GPUs" if args.gpus else "the CPU"
-    print(f"{args.stage} on {where}: {args.micro_batch} samples of {tokens} tokens at a time")
+    need, longest, limit = step(args), step(args, args.max_len)["together"], args.memory * GIB
+    print(f"{args.stage} on {args.gpus} GPUs: {args.micro_batch} images with {args.text} tokens at a time")
     billions = (f"{name} {need[f'n_{name}'] / 1e9:.2f}" for name in ("student", "trained", "teacher"))
     print(f"{', '.join(billions)} billion parameters\n")
-    for text, n_bytes in {
-        "the student's weights": need["student"], "the teacher's weights": need["teacher"],
-        "gradients": need["gradients"], "AdamW's state": need["optimizer"],
-        "activations kept for the backward pass": need["kept"], other: need["otherwise"],
-        "chunks of the losses": need["losses"], "backward pass of a layer": need["backward"],
-        "CUDA, nccl and fragments (set aside)": SET_ASIDE * (args.gpus > 0), "together": need["together"],
-        f"together, samples of --max_len {args.max_len}": longest,
-    }.items():  # fmt: skip
-        print(f"{text:44s} {n_bytes / GIB:8.2f} GiB")
-    verdict = "the longest samples do not fit" if need["together"] <= limit else "it does not fit"
-    print(f"\n{'it fits' if longest <= limit else verdict} into {args.memory:g} GiB")
-    for flags, smaller in changes(args) if longest > limit else ():
-        then = step(smaller, args.max_len)["together"]
-        print(f"   with {flags} {then / GIB:.2f} GiB" + ": fits" * (then <= limit))
-        if then <= limit:
-            break
+    for part in ("student", "teacher", "gradients", "optimizer", "activations", "losses", "backward",
+                 "set aside", "together"):  # fmt: skip
+        print(f"{part:12s}{need[part] / GIB:8.2f} GiB")
+    fits = longest <= limit
+    print(f"with samples of --max_len {args.max_len}: {longest / GIB:.2f} GiB\n")
+    print(f"it {'fits' if fits else 'does not fit'} into {args.memory:g} GiB")
+    if not fits:
+        shard = "optimizer" if args.gpus > 1 else args.shard
+        least = {"gradient_checkpointing": True, "micro_batch": 1, "shard": shard}
+        then = step(argparse.Namespace(**vars(args) | least), args.max_len)["together"]
+        print(f"the least it can take is {then / GIB:.2f} GiB, with {' '.join(to_argv(**least))}")
     samples = args.samples or (558_000 if args.stage == "dpt" else 665_000)
     hours = samples * args.epochs * need["flops"] / (max(args.gpus, 1) * args.tflops * 1e12) / 3600
     print(f"{need['flops'] / 1e12:.2f} TFLOP a sample: {samples:,} samples, {args.epochs} time(s), take "
           f"{hours:.1f} hours at {args.tflops:g} TFLOP/s a GPU")  # fmt: skip
-    return need | {"longest": longest, "hours": hours, "fits": longest <= limit}
+    return need | {"longest": longest, "hours": hours, "fits": fits}
 
 
 if __name__ == "__main__":
