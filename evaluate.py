@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lab.pictures import draw_sample
+from lab.report import draw_sample
 from support.chat import IMAGE_TOKEN, Chat, turn
 from support.checks import check_images, images_of, is_text, load_image, load_stock, without_markers
 from support.flags import InputError, add_flags, cli, natural, new_parser, positive, require
