@@ -10,29 +10,31 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers as hf
 from tokenizers import ByteLevelBPETokenizer
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import trange
 
 from lab.world import BASE, COLORS, SHAPES, SIZE, Scene, ask, caption, draw_scene, paint
 from support.flags import new_parser
 from support.run import set_lr
 
 
-def train(model: torch.nn.Module, steps: int, lr: float, loss_of: callable) -> None:
+def train(model: torch.nn.Module, steps: int, lr: float, loss_of: Callable[[], torch.Tensor]) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01, betas=(0.9, 0.98))
-    for step in range(steps):
+    for step in trange(steps):
         set_lr(optimizer, step, steps, lr, warmup=0.03)
         loss = loss_of()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 200 == 0 or step == steps - 1:
-            print(f"  step {step:5d}  loss {loss.item():.4f}", flush=True)
+    print(f"loss {loss.item():.4f}")
 
 
 def make_tower(out: Path, steps: int) -> None:
@@ -63,10 +65,15 @@ def make_tower(out: Path, steps: int) -> None:
         scale = 1 / features(pictures[:500]).std()
         writers = [tower.embeddings.patch_embedding, tower.embeddings.position_embedding]
         writers += [w for layer in tower.encoder.layers for w in (layer.self_attn.out_proj, layer.mlp.fc2)]
-        for p in (p for w in writers for p in w.parameters()):
+        for p in torch.nn.ModuleList(writers).parameters():
             p *= scale
     tower.save_pretrained(out)
     processor.save_pretrained(out)
+
+
+def as_text(scene: Scene, question: str, answer: str) -> tuple[str, str]:
+    """Prompt and answer as the chat template renders them, the scene described where an image would be."""
+    return f"USER: {caption(scene)}\n{question} ASSISTANT:", f" {answer}"
 
 
 def make_tokenizer() -> hf.Qwen2Tokenizer:
@@ -74,17 +81,10 @@ def make_tokenizer() -> hf.Qwen2Tokenizer:
     rng = random.Random(4)
     scenes = [draw_scene(rng) for _ in range(500)]
     bpe = ByteLevelBPETokenizer()
-    text = [as_text(scene, *ask(scene, rng)[1:]) for scene in scenes]
-    text = [t.replace("<|endoftext|>", "") for t in text]
-    bpe.train_from_iterator(text, vocab_size=440, show_progress=False)
+    texts = ["".join(as_text(scene, *ask(scene, rng)[1:])) for scene in scenes]
+    bpe.train_from_iterator(texts, vocab_size=440, show_progress=False)
     trained = json.loads(bpe.to_str())["model"]
-    merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split()) for pair in trained["merges"]]
-    return hf.Qwen2Tokenizer(vocab=trained["vocab"], merges=merges)
-
-
-def as_text(scene: Scene, question: str, answer: str) -> str:
-    """A training sample as the chat template renders it, the scene described where the image would stand."""
-    return f"USER: {caption(scene)}\n{question} ASSISTANT: {answer}<|endoftext|>"
+    return hf.Qwen2Tokenizer(vocab=trained["vocab"], merges=[tuple(pair) for pair in trained["merges"]])
 
 
 def make_llm(out: Path, tokenizer: hf.Qwen2Tokenizer, width: int, layers: int, steps: int, lr: float) -> None:
@@ -97,22 +97,20 @@ def make_llm(out: Path, tokenizer: hf.Qwen2Tokenizer, width: int, layers: int, s
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model, rng = hf.Qwen2ForCausalLM(config), random.Random(9)
-    marker = tokenizer(" ASSISTANT:")["input_ids"]
 
     def loss_of() -> torch.Tensor:
-        texts = []
+        rows, kinds = [], []
         for _ in range(64):
             scene = draw_scene(rng)
             question, answer = ask(scene, rng)[1:] if rng.random() < 0.75 else ("describe", caption(scene))
-            texts.append(as_text(scene, question, answer))
-        rows = [torch.tensor(ids) for ids in tokenizer(texts)["input_ids"]]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)  # (B, T)
-        starts = [next(k for k in range(len(r)) if r[k : k + len(marker)].tolist() == marker) for r in rows]
-        answers = torch.arange(1, ids.shape[1]) >= torch.tensor(starts).unsqueeze(1) + len(marker)
+            prompt, answer = (tokenizer(text)["input_ids"] for text in as_text(scene, question, answer))
+            rows.append(torch.tensor([*prompt, *answer, tokenizer.eos_token_id]))
+            kinds.append(torch.arange(len(rows[-1])) >= len(prompt))
+        ids = pad_sequence(rows, batch_first=True, padding_value=-100)  # (B, T)
         logits = model(ids.clamp_min(0), attention_mask=(ids >= 0).long()).logits[:, :-1]
-        nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none", ignore_index=-100)
-        is_answer, is_text = (((ids[:, 1:] >= 0) & rows).flatten() for rows in (answers, ~answers))
-        return nll[is_answer].mean() + 0.05 * nll[is_text].mean()
+        y, is_answer = ids[:, 1:], pad_sequence(kinds, batch_first=True)[:, 1:]
+        nll = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
+        return nll[is_answer].mean() + 0.05 * nll[~is_answer & (y >= 0)].mean()
 
     train(model, steps, lr, loss_of)
     model.save_pretrained(out)
@@ -121,15 +119,11 @@ def make_llm(out: Path, tokenizer: hf.Qwen2Tokenizer, width: int, layers: int, s
 
 def main(argv: list[str] | None = None) -> None:
     new_parser(__doc__).parse_args(argv)
-    print("SigLIP tower")
     make_tower(BASE / "siglip", steps=3000)
     tokenizer = make_tokenizer()
-    for name, *shape_and_steps in (
-        ("qwen-small", 32, 2, 3000, 4e-3), ("qwen-middle", 56, 2, 3000, 3e-3),
-        ("qwen-large", 96, 3, 2500, 2e-3),
-    ):  # fmt: skip
-        print(name)
-        make_llm(BASE / name, tokenizer, *shape_and_steps)
+    make_llm(BASE / "qwen-small", tokenizer, width=32, layers=2, steps=3000, lr=4e-3)
+    make_llm(BASE / "qwen-middle", tokenizer, width=56, layers=2, steps=3000, lr=3e-3)
+    make_llm(BASE / "qwen-large", tokenizer, width=96, layers=3, steps=2500, lr=2e-3)
 
 
 if __name__ == "__main__":
