@@ -69,7 +69,7 @@ def kept_by(run: Callable[[], object]) -> int:
     kept = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
-        if not isinstance(x, torch.nn.Parameter):
+        if not isinstance(x if x._base is None else x._base, torch.nn.Parameter):  # nor a view of one
             kept[x.untyped_storage()._cdata] = x.untyped_storage()
         return x
 
@@ -173,7 +173,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     need, longest, limit = step(args), step(args, args.max_len)["together"], args.memory * GIB
-    print(f"{args.stage} on {args.gpus} GPUs: {args.micro_batch} images with {args.text} tokens at a time")
+    where = f"{args.gpus} GPUs" if args.gpus else "the CPU"
+    print(f"{args.stage} on {where}: {args.micro_batch} images with {args.text} tokens at a time")
     billions = (f"{name} {need[f'n_{name}'] / 1e9:.2f}" for name in ("student", "trained", "teacher"))
     print(f"{', '.join(billions)} billion parameters\n")
     for part in ("student", "teacher", "gradients", "optimizer", "activations", "losses", "backward",
