@@ -40,7 +40,7 @@ def draw_sample(
     """Images with question, reference and every model's answer, as KD's Fig. 3; green: right by `metric`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, (1.2 + 0.4 * len(answers)) * len(questions)), layout="constrained")
+    figure = Figure(figsize=(6, 0.34 * (2 + len(answers)) * len(questions)), layout="constrained")
     axes = figure.subplots(len(questions), 2, squeeze=False, width_ratios=[1, 3])
     for (picture, beside), q, *given in zip(axes, questions, *answers.values()):
         picture.axis("off")
@@ -53,8 +53,8 @@ def draw_sample(
             right = metric is None or metric([q], [answer])["accuracy"] > 50
             lines.append((f"{name}: {answer}", "#15803d" if right else "#b91c1c"))
         for i, (text, color) in enumerate(lines):
-            text = textwrap.fill(textwrap.shorten(text, 140, placeholder=" ..."), 70)
-            beside.text(0, 1 - i / len(lines), text, color=color, va="top", parse_math=False)
+            text = textwrap.fill(textwrap.shorten(text, 116, placeholder=" ..."), 60)
+            beside.text(0, 1 - i / len(lines), text, fontsize=9, color=color, va="top", parse_math=False)
     figure.savefig(path, dpi=110)
 
 
