@@ -50,8 +50,6 @@ class Lab:
             shutil.rmtree(self.world, ignore_errors=True)
             world.write_world(self.world)
             drawn.record()
-        things = (f"{color} {shape}\n" for color in world.COLORS for shape in world.SHAPES)
-        (self.world / "objects.txt").write_text("".join(things))  # what a description may name
 
     def plan(self, call: Callable, script: str, argv: list[str], out: Path, inputs: list[Path]) -> None:
         """Plan a task; what a kind of stage costs does not depend on the flags of one run of it."""

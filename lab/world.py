@@ -141,10 +141,10 @@ def wrong_caption(scene: Scene, rng: random.Random) -> str:
             return caption([*scene[:k], (*changed, cell), *scene[k + 1 :]])
 
 
-def write_world(root: Path, n_train: int = N_TRAIN, n_few: int = 400, n_test: int = N_TEST) -> None:
+def write_world(root: Path, n_train: int = N_TRAIN, n_test: int = N_TEST) -> None:
     """LLaVA-format files: images; captions (pretrain), questions (finetune) and both (mixed) to train on;
-    pairs of a true and a false description (preference), each of all scenes and of the first `n_few`. To
-    score: questions, descriptions, and questions on scenes of their own to choose learning rates by (val).
+    pairs of a true and a false description (preference). To score: questions, descriptions with the objects
+    that they may name, and questions on scenes of their own to choose learning rates by (val).
     """
     (root / "images").mkdir(parents=True, exist_ok=True)
     rng, liar = random.Random(1), random.Random(2)
@@ -189,11 +189,11 @@ def write_world(root: Path, n_train: int = N_TRAIN, n_few: int = 400, n_test: in
         ]
     for name, records in train.items():
         (root / f"{name}.json").write_text(json.dumps(records))
-        few = [r for r in records if int(r["image"][:5]) < n_few]
-        (root / f"{name}_few.json").write_text(json.dumps(few))
     for name, records in score.items():
         lines = (json.dumps({"question_id": str(k)} | q) for k, q in enumerate(records))
         (root / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    things = (f"{color} {shape}\n" for color in COLORS for shape in SHAPES)
+    (root / "objects.txt").write_text("".join(things))
 
 
 def write_subset(root: Path, kind: str, scenes: int, seed: int) -> Path:

@@ -33,7 +33,7 @@ def kills(n: int, root: Path) -> None:
 
     from lab.world import BASE, write_world
 
-    write_world(root / "world", n_train=60, n_few=10, n_test=1)
+    write_world(root / "world", n_train=60, n_test=1)
     data = ["--images", str(root / "world/images"), "--workers", "0", "--no-caption_only"]
     parts = ["--vision", f"{BASE}/siglip", "--llm", f"{BASE}/qwen-small"]
     flags = ["--data", str(root / "world/pretrain.json"), *data, *parts, "--global_batch", "8",

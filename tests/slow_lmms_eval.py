@@ -69,7 +69,7 @@ def checkpoints(out: Path) -> dict[str, Path]:
         world.write_world(out / "world", n_train=400, n_test=75)
     base, common = world.BASE, {"images": out / "world/images", "global_batch": 32, "micro_batch": 32,
                                 "epochs": 1000, "max_len": 128, "workers": 0}  # fmt: skip
-    captions, questions = (out / f"world/{kind}_few.json" for kind in ("pretrain", "finetune"))
+    captions, questions = (out / f"world/{kind}.json" for kind in ("pretrain", "finetune"))
     dpt.main(to_argv(vision=base / "siglip", llm=base / "qwen-small", data=captions, out=out / "pt",
                      max_steps=150, lr=3e-3, caption_only=False, **common))  # fmt: skip
     sft.main(to_argv(student=out / "pt", data=questions, out=out / "dense", max_steps=200, lr=2e-3, **common))

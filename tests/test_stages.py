@@ -277,7 +277,7 @@ def over_full_logits(objective, kinds, y, student, teacher):
 def test_chunked_and_plain_give_the_same_training_curve_on_the_toy_world(tmp_path, monkeypatch):
     from lab.world import BASE, write_world
 
-    write_world(tmp_path, n_train=60, n_few=10, n_test=1)
+    write_world(tmp_path, n_train=60, n_test=1)
     data = {"data": f"{tmp_path}/finetune.json", "images": f"{tmp_path}/images", "workers": 0, "epochs": 2,
             "global_batch": 16, "micro_batch": 8, "max_steps": 12}  # fmt: skip
     for name in "small", "large":

@@ -29,7 +29,7 @@ WORDS = [*world.COLORS, *world.SHAPES]
 def small(tmp_path_factory):
     """A world of few scenes, which has all kinds of questions."""
     root = tmp_path_factory.mktemp("toy")
-    world.write_world(root, n_train=150, n_few=10, n_test=40)
+    world.write_world(root, n_train=150, n_test=40)
     return root
 
 
@@ -269,7 +269,7 @@ def test_differences_are_paired_by_seed_and_lies_count_the_other_way():
 def test_a_table_is_filled_once_and_gone_on_with(tmp_path, monkeypatch, capsys):
     """Tiny: two rows that share a stage, two seeds, two stages at a time."""
     draw, few = world.write_world, dict.fromkeys(("pt", "dpt", "sft", "dft", "d2d", "d2s"), (3, 1e-3))
-    monkeypatch.setattr(world, "write_world", lambda root: draw(root, n_train=80, n_few=10, n_test=12))
+    monkeypatch.setattr(world, "write_world", lambda root: draw(root, n_train=80, n_test=12))
     monkeypatch.setattr(toy, "DEFAULTS", few)
     monkeypatch.setitem(TEACHERS, "teacher", "pt --llm middle | sft")
     monkeypatch.setattr(world, "N_TRAIN", 80)
