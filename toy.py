@@ -26,7 +26,7 @@ from lab import world
 from lab.results import write_report
 from lab.tables import DEFAULTS, TABLES, TEACHERS, Table
 from lab.tasks import Task, count, do, score, train
-from support.flags import add_flags, cli, natural, new_parser, positive, to_argv
+from support.flags import add_flags, cli, natural, new_parser, positive, require, to_argv
 from support.run import ROOT, code_of
 
 BATCH = 32
@@ -34,8 +34,8 @@ SETTINGS = {"global_batch": BATCH, "micro_batch": BATCH, "max_len": 128, "worker
 SCRIPTS = {"pt": "dpt", "dpt": "dpt", "sft": "sft", "dft": "dft"}  # all others: steps of mod_distill
 DATA = {"pt": "pretrain", "dpt": "pretrain", "pd": "preference"}  # all others: as the table says
 OWN = argparse.ArgumentParser(allow_abbrev=False)  # flags of a stage that are the lab's own
-OWN.add_argument("--llm", default="small")
-OWN.add_argument("--teacher", default="teacher")
+OWN.add_argument("--llm", choices=["small", "middle", "large"], default="small")
+OWN.add_argument("--teacher", choices=list(TEACHERS), default="teacher")
 code = functools.cache(code_of)
 
 
@@ -61,6 +61,7 @@ class Lab:
         folder, folders = folder or self.out / f"seed{seed}/{scenes}", []
         for k, text in enumerate(recipe.split(" | ")):
             name, *words = text.split()
+            require(name in DEFAULTS, f"'{text}' is no stage: its name is one of {', '.join(DEFAULTS)}")
             script, kind, (steps, lr) = SCRIPTS.get(name, "mod_distill"), DATA.get(name, data), DEFAULTS[name]
             own, words = OWN.parse_known_args(words)
             flags = {"data": world.write_subset(self.world, kind, scenes, seed), "seed": seed + 100 * k}
@@ -82,7 +83,7 @@ class Lab:
             out = folders[-1].with_name(f"{folders[-1].name}-{name}") if folders else folder / name
             argv = to_argv(**SETTINGS | flags | {"out": out}) + words
             args = importlib.import_module(script).parse_args(argv)  # also refuses what it does not know
-            argv += ["--epochs", str(args.max_steps // (scenes // BATCH) + 1)]  # enough
+            argv += ["--epochs", str(args.max_steps // max(scenes // BATCH, 1) + 1)]  # enough
             self.plan(train, script, argv, out, [self.world, *inputs])
             self.plan(count, script, argv, self.out / "flops" / out.name, [out])
             folders.append(out)
@@ -148,8 +149,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args, start = parse_args(argv), time.time()
     lab, planned = Lab(Path(args.out)), []
-    for name in args.table:
+    for name in dict.fromkeys(args.table):
         table = TABLES[name]
+        known = all({better, worse} <= table.rows.keys() for better, worse, *_ in table.claims)
+        require(known, f"a claim of {name} is about a row that the table has not")
         for seed in range(args.first_seed, args.first_seed + args.seeds):
             for scenes, (method, recipe) in itertools.product(table.scenes, table.rows.items()):
                 stages = lab.chain(recipe, table.data, scenes, seed)

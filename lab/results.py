@@ -12,6 +12,7 @@ import math
 import platform
 import statistics
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -39,8 +40,9 @@ teacher's forward passes included) are those of all stages of a row together.
 
 Intervals are Student's t over the seeds, which differ in the student's scenes, its new projector and the
 order of samples; a teacher is trained once. A claim is **reproduced** or **reversed** if the 95 % interval of
-the paired difference leaves out 0; else it is undecided, with the number of seeds that would decide it if
-mean and spread stayed as they are."""
+the paired difference leaves out 0; else it is undecided, with the number of seeds with which it would be
+decided if mean and spread stayed as they are. Fix the number of seeds beforehand: to add some until there is
+a verdict finds too many."""
 
 
 def t_975(freedom: int) -> float:
@@ -57,14 +59,14 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def verdict(gains: list[float]) -> str:
-    """Of paired differences, positive where the claim is right."""
+    """Of paired differences, positive where the claim is right, by their interval alone."""
     mean, half = interval(gains)
     if abs(mean) > half:
         return "**reproduced**" if mean > 0 else "**reversed**"
     if len(gains) < 2:
         return "undecided"
     spread = statistics.stdev(gains)
-    seeds = (n for n in range(len(gains) + 1, 1000) if t_975(n - 1) * spread / math.sqrt(n) < abs(mean))
+    seeds = (n for n in range(len(gains) + 1, 1001) if t_975(n - 1) * spread / math.sqrt(n) < abs(mean))
     n = next(seeds, None)
     return f"undecided ({n} seeds would)" if n else "undecided (1,000 seeds would not)"
 
@@ -73,19 +75,9 @@ def measure(row: dict, name: str) -> float | None:
     return row.get(name, row["by_category"].get(name))
 
 
-def gains(rows: list[dict], claim: tuple[str, ...], scenes: int) -> list[float]:
-    """Paired differences of a claim over the seeds, positive where it is right."""
-    better, worse, name = (*claim, "accuracy")[:3]
-    by_method = {m: {r["seed"]: measure(r, name) for r in rows if (r["method"], r["scenes"]) == (m, scenes)}
-                 for m in (better, worse)}  # fmt: skip
-    seeds = sorted(by_method[better].keys() & by_method[worse].keys())
-    sign = -1 if name in LOWER else 1
-    return [sign * (by_method[better][s] - by_method[worse][s]) for s in seeds]
-
-
-def plus_minus(values: list[float]) -> str:
+def plus_minus(values: list[float], sign: str = "") -> str:
     mean, half = interval(values)
-    return f"{mean:.1f}" if math.isinf(half) else f"{mean:.1f} ± {half:.1f}"
+    return f"{mean:{sign}.1f}" + ("" if math.isinf(half) else f" ± {half:.1f}")
 
 
 def markdown(lines: list[list[str]]) -> str:
@@ -118,16 +110,16 @@ def table_of(rows: list[dict]) -> str:
 
 def verdicts_of(table: Table, rows: list[dict]) -> str:
     lines = [["claim", "in", "scenes", "difference, 95 % interval", "right in", "verdict"]]
-    for claim in table.claims:
-        for scenes in table.scenes:
-            found, name = gains(rows, claim, scenes), (*claim, "accuracy")[2]
-            mean, half = interval(found)
-            sign = -1 if name in LOWER else 1
-            shown = f"{sign * mean:+.1f}" + (f" ± {half:.1f}" if len(found) > 1 else "")
-            better = f"{sum(gain > 0 for gain in found)} of {len(found)}"
-            words = "lower" if name in LOWER else "higher"
-            said = f"{claim[0]} {words} than {claim[1]}"
-            lines.append([said, COLUMNS.get(name, name), f"{scenes:,}", shown, better, verdict(found)])
+    groups = grouped(rows)
+    for claim, scenes in product(table.claims, table.scenes):
+        better, worse, name = (*claim, "accuracy")[:3]
+        sign, word = (-1, "lower") if name in LOWER else (1, "higher")
+        pairs = zip(groups[better, scenes], groups[worse, scenes], strict=True)  # seed by seed
+        differences = [measure(a, name) - measure(b, name) for a, b in pairs]
+        gains = [sign * difference for difference in differences]
+        right = f"{sum(gain > 0 for gain in gains)} of {len(gains)}"
+        lines.append([f"{better} {word} than {worse}", COLUMNS.get(name, name), f"{scenes:,}",
+                      plus_minus(differences, "+"), right, verdict(gains)])  # fmt: skip
     return markdown(lines)
 
 
@@ -191,7 +183,7 @@ def write_report(out: Path, rows: list[dict], command: list[str], seconds: float
             getattr(figures, f"draw_{table.figure}")(models, out / "world", out / picture)
             pictures.append(f"![{table.figure}, seed {seeds[0]}]({picture})")
         claims = [verdicts_of(table, mine)] if table.claims else []
-        how = f"`python toy.py {' '.join(command)}`, {seconds / 60:.0f} minutes for what was not there yet"
+        how = f"`{' '.join(['python toy.py', *command])}`, {seconds / 60:.0f} minutes for what was not there"
         made = f"Made by {how}; seeds {', '.join(map(str, seeds))}; commit {commit()}; {machine()}."
         pages.append("\n\n".join([f"# {table.title}", table_of(mine), *claims, *pictures, made]))
         (out / f"{name}.md").write_text(f"{pages[-1]}\n\n{LEGEND}\n")

@@ -100,7 +100,8 @@ def read_once(read: Callable[[LlavaData, int], dict]) -> Callable[[LlavaData, in
     def remember(data: LlavaData, i: int) -> dict:
         begun = time.perf_counter()
         _, *sample = data.sample(int(data.usable[i]))
-        key = repr(sample), data.encoder.max_len, len(data.image_processors)
+        encoder, n_towers = data.encoder, len(data.image_processors)
+        key = repr(sample), encoder.max_len, encoder.caption_only, n_towers
         if key not in kept:
             if len(kept) > 300_000:  # 2 GiB
                 kept.clear()

@@ -21,6 +21,7 @@ import ckd
 import toy
 from lab import results, tasks, world
 from lab.tables import TABLES, TEACHERS, Table, cascade
+from support.flags import InputError
 
 WORDS = [*world.COLORS, *world.SHAPES]
 
@@ -131,6 +132,19 @@ def test_every_row_is_read_by_its_scripts_and_every_claim_names_rows(lab):
             batches = int(re.search(r"-(\d+)-seed3", flag(task.argv, "data"))[1]) // 32  # of one epoch
             steps = importlib.import_module(task.script).parse_args(task.argv).max_steps
             assert int(flag(task.argv, "epochs")) * batches >= steps
+
+
+def test_a_row_or_claim_with_a_slip_is_refused_before_anything_is_trained(lab, tmp_path, monkeypatch, capsys):
+    with pytest.raises(InputError, match="'dtf --gamma 0' is no stage: its name is one of pt, dpt, sft"):
+        lab.chain("dpt | sft | dtf --gamma 0", "finetune", 400, 0)
+    for flag in "--llm larg", "--teacher nobody", "--gama 0":
+        with pytest.raises(SystemExit):
+            lab.chain(f"dpt {flag}", "finetune", 400, 0)
+        assert flag.split()[1 if flag[2] != "g" else 0] in capsys.readouterr().err
+    monkeypatch.setitem(TABLES, "kd2", Table("t", {"a": "pt"}, [("a", "b")]))
+    monkeypatch.setattr(toy, "do", lambda *_: pytest.fail("trained"))
+    with pytest.raises(InputError, match="a claim of kd2 is about a row that the table has not"):
+        toy.main(["--out", str(tmp_path)])
 
 
 def test_stages_that_rows_share_are_planned_once(lab):
@@ -255,12 +269,12 @@ def test_differences_are_paired_by_seed_and_lies_count_the_other_way():
         return {"method": method, "seed": seed, "scenes": 400, "accuracy": accuracy, "response_rate": lies,
                 "by_category": {"unseen": accuracy}}  # fmt: skip
 
-    rows = [row("PD", 0, 60, 20), row("PD", 1, 70, 10), row("mimic", 1, 65, 30), row("mimic", 2, 1, 1)]
-    assert results.gains(rows, ("PD", "mimic"), 400) == [5]
-    assert results.gains(rows, ("PD", "mimic", "unseen"), 400) == [5]
-    assert results.gains(rows, ("PD", "mimic", "response_rate"), 400) == [20]
-    page = results.verdicts_of(Table("t", {}, [("PD", "mimic", "response_rate")]), rows)
-    assert "| PD lower than mimic | lies, answers | 400 | -20.0 | 1 of 1 | undecided |" in page
+    rows = [row("PD", 0, 60, 20), row("PD", 1, 70, 10), row("mimic", 1, 65, 30), row("mimic", 0, 50, 24)]
+    claims = [("PD", "mimic", *name) for name in ([], ["unseen"], ["response_rate"])]
+    page = results.verdicts_of(Table("t", {}, claims), rows)
+    for name in "accuracy", "unseen":  # 10 and 5
+        assert f"| PD higher than mimic | {name} | 400 | +7.5 ± 31.8 | 2 of 2 | undecided (" in page
+    assert "| PD lower than mimic | lies, answers | 400 | -12.0 ± 101.6 | 2 of 2 | undecided (" in page
 
 
 # ------------------------------------------------------------------------- from a command to its page
