@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import importlib
 import itertools
 import json
@@ -44,12 +45,16 @@ class Lab:
 
     def __init__(self, out: Path):
         self.out, self.world, self.tasks = out, out / "world", {}
-        drawn = Task(world.write_world, "", [], self.world, [], {"code": code(world.__file__)})
-        if not drawn.is_made():
+        parts = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(world.BASE.rglob("*.safetensors"))))
+        made = {"code": code(world.__file__), "parts": parts.hexdigest()}
+        drawn = Task(world.write_world, "", [], self.world, [], made)
+        if not (drawn.is_made() and (self.world / "objects.txt").exists()):  # the last file
+            ours = Path(f"{self.world}.json").exists() or not self.world.exists()
+            require(ours, f"{self.world} is there and no toy world: take another --out")
             print(f"drawing the world in {self.world}")
+            drawn.record()
             shutil.rmtree(self.world, ignore_errors=True)
             world.write_world(self.world)
-            drawn.record()
 
     def plan(self, call: Callable, script: str, argv: list[str], out: Path, inputs: list[Path]) -> None:
         """Plan a task; what a kind of stage costs does not depend on the flags of one run of it."""

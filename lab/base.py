@@ -37,7 +37,7 @@ def train(model: torch.nn.Module, steps: int, lr: float, loss_of: Callable[[], t
     print(f"loss {loss.item():.4f}")
 
 
-def make_tower(out: Path, steps: int) -> None:
+def make_tower(out: Path) -> None:
     """A SigLIP whose second last hidden state tells colour and shape of the object in every cell."""
     torch.manual_seed(0)
     config = hf.SiglipVisionConfig(
@@ -60,7 +60,7 @@ def make_tower(out: Path, steps: int) -> None:
         y = head(features(pictures[pick]).flatten(1))
         return F.binary_cross_entropy_with_logits(y, tags[pick].flatten(1))
 
-    train(torch.nn.ModuleList([tower, head]), steps, 1e-3, loss_of)
+    train(torch.nn.ModuleList([tower, head]), 3000, 1e-3, loss_of)
     with torch.no_grad():  # bring the features to unit scale: LayerNorms do not notice what all writers share
         scale = 1 / features(pictures[:500]).std()
         writers = [tower.embeddings.patch_embedding, tower.embeddings.position_embedding]
@@ -119,7 +119,7 @@ def make_llm(out: Path, tokenizer: hf.Qwen2Tokenizer, width: int, layers: int, s
 
 def main(argv: list[str] | None = None) -> None:
     new_parser(__doc__).parse_args(argv)
-    make_tower(BASE / "siglip", steps=3000)
+    make_tower(BASE / "siglip")
     tokenizer = make_tokenizer()
     make_llm(BASE / "qwen-small", tokenizer, width=32, layers=2, steps=3000, lr=4e-3)
     make_llm(BASE / "qwen-middle", tokenizer, width=56, layers=2, steps=3000, lr=3e-3)

@@ -3,8 +3,8 @@
     python -m lab.bench losses     this project, the published way, and the matrix products alone
     python -m lab.bench infer --model CHECKPOINT    size, arithmetic, speed and memory of an answer
 
-A line of JSON for each measurement, which has a process of its own. Times are medians; memory is the peak of
-resident memory beyond weights and inputs (Linux); for infer it is all of it, or the GPU's.
+A line of JSON for each measurement. Times are medians; memory is the peak of resident memory (Linux), for
+losses beyond weights and inputs and in a process of their own; for infer beyond the libraries, or the GPU's.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ LABELS = ("text alone", "one image", "several images", "images but no <image>", 
 READERS = {1: ("30;42", "response: Eqs. 1, 2"), 2: ("97;44", "visual: Eqs. 3-5"), 3: ("30;46", "both"),
            4: ("30;43", "prompt: only with --targets prompt"), 0: ("2", "nothing")}  # fmt: skip
 LEGEND = """
-What reads the row at each token, by the equations of LLaVA-KD. A row predicts the token after it: the last
-token of a question has its answer's colour, and the end token of the answer has not."""
+What reads the row at each token, by the equations of LLaVA-KD. A row predicts the token after it: the
+token before an answer is coloured as response, and the answer's end token is not."""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

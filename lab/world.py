@@ -99,7 +99,7 @@ def exist(scene: Scene, word: str) -> tuple[str, str]:
 
 
 def about(scene: Scene, skill: str, thing: tuple[str, str, int]) -> tuple[str, str, str]:
-    """A question about one of the scene's objects; their number, if a place would not be one alone."""
+    """A question about one of the scene's objects; their number, where two of them look the same."""
     color, shape, cell = thing
     if skill == "color":
         return skill, f"what color is the object {PLACES[cell]} ?", color
@@ -200,10 +200,11 @@ def write_subset(root: Path, kind: str, scenes: int, seed: int) -> Path:
     """The file of a kind of training data on so many scenes, which the seed chooses among all."""
     path = root / f"{kind}-{scenes}-seed{seed}.json"
     if not path.exists():
-        records = json.loads((root / f"{kind}.json").read_text())
+        records, part = json.loads((root / f"{kind}.json").read_text()), path.with_suffix(".part")
         images = sorted({record["image"] for record in records})
         chosen = set(random.Random(seed).sample(images, scenes))
-        path.write_text(json.dumps([record for record in records if record["image"] in chosen]))
+        part.write_text(json.dumps([record for record in records if record["image"] in chosen]))
+        part.rename(path)
     return path
 
 

@@ -113,6 +113,35 @@ def lab(tmp_path, monkeypatch):
     return toy.Lab(tmp_path)
 
 
+def test_a_world_is_drawn_again_if_it_is_half_drawn_or_has_other_parts_and_no_folder_of_others_is(
+    tmp_path, monkeypatch
+):
+    drawn = []
+
+    def write_world(root: Path) -> None:
+        assert not root.exists()
+        drawn.append(root.mkdir())
+        if len(drawn) == 1:
+            raise KeyboardInterrupt
+        (root / "objects.txt").touch()
+
+    monkeypatch.setattr(world, "write_world", write_world)
+    with pytest.raises(KeyboardInterrupt):
+        toy.Lab(tmp_path / "mine")
+    for n in 2, 2:
+        toy.Lab(tmp_path / "mine")
+        assert len(drawn) == n
+    (tmp_path / "parts").mkdir()
+    monkeypatch.setattr(world, "BASE", tmp_path / "parts")
+    toy.Lab(tmp_path / "mine")
+    assert len(drawn) == 3
+    (tmp_path / "yours/world").mkdir(parents=True)
+    (tmp_path / "yours/world/thesis.tex").touch()
+    with pytest.raises(InputError, match="yours/world is there and no toy world"):
+        toy.Lab(tmp_path / "yours")
+    assert (tmp_path / "yours/world/thesis.tex").exists()
+
+
 def flag(argv: list[str], name: str) -> str | None:
     """The last value of a flag, as argparse takes it."""
     return next((argv[i + 1] for i in reversed(range(len(argv))) if argv[i] == f"--{name}"), None)
