@@ -116,14 +116,14 @@ def test_a_cascade_killed_in_the_second_teachers_dft_ends_the_same(
     world, parts, checkpoints, tmp_path, capsys
 ):
     names = checkpoints["small"], checkpoints["large"]
-    flags = lambda out: cascade_flags(world, parts, out, *names, epochs=10, max_steps=30)  # noqa: E731
+    flags = lambda out: cascade_flags(world, parts, out, *names, epochs=10, max_steps=16)  # noqa: E731
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     ckd.main(flags(whole))
     process = subprocess.Popen([sys.executable, "ckd.py", *flags(killed)], cwd=ROOT, env=env,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     log = killed / "2-large/dft/log.jsonl"
-    while not (log.exists() and len(log.read_text().splitlines()) >= 5):
+    while not (log.exists() and len(log.read_text().splitlines()) >= 3):
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -136,7 +136,7 @@ def test_a_cascade_killed_in_the_second_teachers_dft_ends_the_same(
     said = capsys.readouterr().out
     assert f"{killed}/1-small/dpt: this run is finished already" in said
     assert f"{killed}/2-large/sft: this run is finished already" in said
-    assert "goes on after step" in said or "dft: 30 steps" in said
+    assert "goes on after step" in said or "dft: 16 steps" in said
     assert (killed / "1-small/dft/model.safetensors").stat().st_mtime_ns == before
     a, b = (load_file(out / "2-large/dft/model.safetensors") for out in (whole, killed))
     assert a.keys() == b.keys()

@@ -133,7 +133,7 @@ def test_all_functions_of_the_papers_are_covered():
 
 
 def test_a_changed_file_stops_the_same_command(world, checkpoints, tmp_path, monkeypatch):
-    """With real files: a copy of the project, one of whose files is edited between two calls."""
+    """With real files: a copy of the project, one of whose files is edited after the first call."""
     import shutil
     import subprocess
     import sys
@@ -143,15 +143,14 @@ def test_a_changed_file_stops_the_same_command(world, checkpoints, tmp_path, mon
     for name in "sft.py", "data.py", "losses.py", "model.py", "dft.py":
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "support", tmp_path / "support")
-    argv = [sys.executable, "sft.py", "--student", checkpoints["small"],
-            *data_flags(world, out="out", max_steps=1)]  # fmt: skip
-    call = lambda: subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)  # noqa: E731
-    assert call().returncode == 0
+    argv = ["--student", checkpoints["small"], *data_flags(world, out="out", max_steps=1)]
+    monkeypatch.chdir(tmp_path)
+    sft.main(argv)
     with open(tmp_path / "dft.py", "a") as file:
         file.write("# sft.py does not consist of this, and no word is said of it\n")
     with open(tmp_path / "losses.py", "a") as file:
         file.write("# another thought\n")
-    done = call()
+    done = subprocess.run([sys.executable, "sft.py", *argv], capture_output=True, text=True)
     assert done.returncode == 2
     assert "--out out holds a finished run of other code; since then losses.py changed." in done.stderr
     assert "--no-resume" in done.stderr

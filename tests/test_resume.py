@@ -42,10 +42,8 @@ def command(checkpoints) -> list[str]:
 def whole(tmp_path_factory, flags, checkpoints):
     """A run that nothing interrupts, in this process; and one on two ranks."""
     root = tmp_path_factory.mktemp("whole")
-    torch.set_num_threads(1)
     dft.main([*command(checkpoints), *flags(root / "one")])
     launch("dft.py", [*command(checkpoints), *flags(root / "two", micro_batch=2)], ranks=2)
-    torch.set_num_threads(2)
     return root
 
 
@@ -88,7 +86,6 @@ def crash(_run) -> None:
 
 
 def run_in_two(main, argv, monkeypatch, step=6, how=crash) -> None:
-    torch.set_num_threads(1)
     with monkeypatch.context() as patch:
         stop_at(patch, step, how)
         with pytest.raises((CrashError, SystemExit)) as error:
@@ -96,7 +93,6 @@ def run_in_two(main, argv, monkeypatch, step=6, how=crash) -> None:
     if how is not crash:
         assert error.value.code == state.STOPPED == 75
     main(argv)
-    torch.set_num_threads(2)
 
 
 def test_a_crashed_run_goes_on_from_its_last_state(whole, flags, checkpoints, tmp_path, monkeypatch, capsys):
@@ -178,7 +174,6 @@ def test_the_number_of_ranks_may_change(whole, flags, checkpoints, tmp_path, mon
 def test_router_noise_goes_on_where_it_was(flags, checkpoints, tmp_path, monkeypatch):
     """The random numbers of the run are part of its state."""
     argv = ["--step", "d2s", "--router", "rsample", *command(checkpoints)]
-    torch.set_num_threads(1)
     mod_distill.main([*argv, *flags(tmp_path / "whole")])
     run_in_two(mod_distill.main, [*argv, *flags(tmp_path / "out")], monkeypatch)
     assert same_weights(tmp_path / "whole", tmp_path / "out")
@@ -192,9 +187,7 @@ def test_without_resume_it_starts_again(whole, flags, checkpoints, tmp_path, mon
             dft.main(argv)
     with pytest.raises(InputError, match="different run .*lr: 0.005 there, 0.1 now"):
         dft.main([*argv, "--lr", "0.1"])
-    torch.set_num_threads(1)
     dft.main([*argv, "--no-resume"])
-    torch.set_num_threads(2)
     assert "goes on" not in capsys.readouterr().out
     assert same_weights(whole / "one", tmp_path / "out")
 
@@ -216,13 +209,11 @@ def interrupted(flags, checkpoints, out, monkeypatch, step=10):
 def test_a_damaged_state_is_named_and_the_one_before_it_used(
     whole, flags, checkpoints, tmp_path, monkeypatch, capsys, damage
 ):
-    torch.set_num_threads(1)
     newest, older = interrupted(flags, checkpoints, tmp_path / "out", monkeypatch)
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 4
     newest.write_bytes({"bit": data, "cut": data[:-100], "empty": b""}[damage])
     dft.main([*command(checkpoints), *flags(tmp_path / "out")])
-    torch.set_num_threads(2)
     said = capsys.readouterr()
     assert f"{newest} is damaged" in said.err
     assert "goes on after step 4" in said.out
@@ -239,7 +230,6 @@ def test_keep(flags, checkpoints, tmp_path, monkeypatch):
 
 
 def test_a_crash_inside_a_write_leaves_the_last_state(whole, flags, checkpoints, tmp_path, monkeypatch):
-    torch.set_num_threads(1)
     save, calls = torch.save, []
 
     def dies(state, file):
@@ -256,7 +246,6 @@ def test_a_crash_inside_a_write_leaves_the_last_state(whole, flags, checkpoints,
     assert [p.name[:13] for p in state.states(tmp_path / "out" / "state")] == ["step-00000004"]
     assert (tmp_path / "out" / "state" / ".writing").exists()
     dft.main([*command(checkpoints), *flags(tmp_path / "out")])
-    torch.set_num_threads(2)
     assert same_weights(whole / "one", tmp_path / "out")
 
 

@@ -354,7 +354,7 @@ def test_a_table_is_filled_once_and_gone_on_with(tmp_path, monkeypatch, capsys):
     (Path(sparse["stages"][-1]) / "run.json").unlink()  # as if it had been killed before its end
     for path in Path(sparse["stages"][-1]).glob("*"):
         path.unlink()
-    toy.main(command)
+    toy.main([*command, "--jobs", "1"])
     changed = [path for path in made if path.stat().st_mtime_ns != made[path]]
     assert changed == [Path(sparse["stages"][-1]) / "model.safetensors"]
     again = read(tmp_path / "report.json")["rows"]

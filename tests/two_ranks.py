@@ -133,7 +133,7 @@ def cycles(root, **_) -> list[bool]:
     left, store = [], next(support_ranks.rendezvous("env://"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(support_ranks, "rendezvous", lambda *_, **__: iter([store]))  # a new one takes 0.1 s
-        for _ in range(200):
+        for _ in range(100):
             with process_group() as ranks:
                 forward = ranks.data_parallel(nn.Linear(4, 4))
                 loss = forward(torch.randn(2, 4)).sum()
