@@ -227,14 +227,15 @@ def test_a_sample_is_read_once_whatever_file_it_is_in(world, checkpoints, tmp_pa
     files = world / "train.json", tmp_path / "other.json"
     first, other = (open_data(path, world / "images", processor) for path in files)
     longer = open_data(files[0], world / "images", processor, max_len=999)
+    captions = open_data(files[0], world / "images", processor, caption_only=True)
     read_once = tasks.read_once(lambda data, i: asked.append(i) or data[i])
-    for data in first, other, longer, first:
+    for data in first, other, longer, captions, first:
         for i in range(len(data)):
             found, wanted = read_once(data, i), data[i]
             assert found["rows"] == wanted["rows"] and found["bad"] == wanted["bad"]
             if wanted["pixels"]:
                 assert torch.equal(found["pixels"][0], wanted["pixels"][0])
-    assert asked == [*range(len(first)), *range(len(longer))]
+    assert asked == [i for data in (first, longer, captions) for i in range(len(data))]
 
 
 @pytest.mark.parametrize("strategy", ["bottom-up", "top-down"])
