@@ -153,6 +153,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args, start = parse_args(argv), time.time()
+    require(args.table, f"--table names no table; there are {', '.join(TABLES)}")
     lab, planned = Lab(Path(args.out)), []
     for name in dict.fromkeys(args.table):
         table = TABLES[name]

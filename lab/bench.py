@@ -95,7 +95,7 @@ def ours(x: dict[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def products(x: dict[str, Tensor]) -> None:
-    """The matrix products that the losses need and nothing else, unchunked, into memory allocated once."""
+    """The matrix products that the losses need, no others; the large ones into memory allocated once."""
     torch.mm(x["h_t"], x["w_t"].T, out=x["z"])
     torch.mm(x["h_s"], x["w_s"].T, out=x["z"])
     x["z"] @ x["w_s"]
@@ -108,7 +108,7 @@ def losses_of(way: Callable, dtype: str, head: str, repeats: int) -> dict:
     x, seconds = inputs(precision(dtype, torch.float32), head == "trained"), []
 
     def run() -> None:
-        loss = way(x)  # what it was computed from is gone before the backward pass
+        loss = way(x)
         if loss is not None:
             loss.backward()
 

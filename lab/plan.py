@@ -35,6 +35,7 @@ def read_config(path: str) -> hf.LlavaConfig:
     """The config of a LLaVA checkpoint, or of a new model VISION+LLM."""
     with loading(f"the config of {path}"):
         config, *llm = [hf.AutoConfig.from_pretrained(part) for part in path.split("+")]
+    require(len(llm) < 2, f"{path} has more than one +: give a LLaVA checkpoint or VISION+LLM")
     if not llm:
         kind = config.model_type
         require(kind == "llava", f"{path} is a '{kind}' model: give a LLaVA checkpoint or VISION+LLM")

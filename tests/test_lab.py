@@ -147,6 +147,8 @@ def test_what_cannot_be_planned_is_said(shapes):
 
     with pytest.raises(InputError, match="vision is a 'siglip_vision_model' model: give a LLaVA checkpoint"):
         plan_for("sft", "--student", f"{shapes}/vision")
+    with pytest.raises(InputError, match="has more than one"):
+        plan_for("sft", "--student", f"{shapes}/vision+{shapes}/student-llm+{shapes}/student-llm")
     with pytest.raises(InputError, match="cannot load the config of .*nowhere"):
         plan_for("sft", "--student", f"{shapes}/nowhere")
     with pytest.raises(InputError, match="samples of 10 tokens have no room for an image of 16"):

@@ -175,6 +175,8 @@ def test_a_row_or_claim_with_a_slip_is_refused_before_anything_is_trained(lab, t
     monkeypatch.setattr(toy, "do", lambda *_: pytest.fail("trained"))
     with pytest.raises(InputError, match="a claim of kd2 is about a row that the table has not"):
         toy.main(["--out", str(tmp_path)])
+    with pytest.raises(InputError, match="--table names no table; there are kd2, kd3"):
+        toy.main(["--table", "--out", str(tmp_path)])
 
 
 def test_stages_that_rows_share_are_planned_once(lab):
