@@ -30,7 +30,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
         ("--teachers", [str], ..., "LLaVA checkpoints, hub names or folders, the weakest first"),
         ("--strategy", ("bottom-up", "top-down"), "bottom-up", "who learns from whom; CKD Table 3"),
         ("--assistant_llms", [str], None, "top-down: LLMs of new assistants; else teachers are trained on"),
-    ])  # fmt: skip
+    ])
     add_kd_flags(parser, gamma=1.0, relation="columns", source="CKD §4.1")
     add_flags(parser, "training", [
         ("--pretrain_data", str, ..., "image-caption pairs of DPT"),
@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
         ("--finetune_lr", float, 2e-5, "peak learning rate of SFT and DFT; CKD §4.1"),
         ("--finetune_batch", int, 128, "samples per step of SFT and DFT; CKD §4.1"),
         ("--out", str, ..., "folder for a folder per teacher with dpt, sft and dft in it"),
-    ])  # fmt: skip
+    ])
     args, shared = parser.parse_known_args(argv)
     n = len(args.teachers) - 1 if args.strategy == "top-down" and args.vision else 0
     if len(args.assistant_llms or []) not in (0, n):

@@ -77,7 +77,7 @@ def count_rows(micros: list[Batch], ranks: Ranks) -> Counts:
     are what losses are divided by, so they are at least 1.
     """
     counts = [[*(rows.sum() for rows in (b.response, b.visual, b.prompt)), len(b.pixel_values),
-               b.attention_mask.sum(), len(b.bad)] for b in micros]  # fmt: skip
+               b.attention_mask.sum(), len(b.bad)] for b in micros]
     *total, bad = ranks.sum(torch.tensor(counts, dtype=torch.float64).sum(0).to(ranks.device)).tolist()
     return Counts(*(max(count, 1.0) for count in total), bad)
 
@@ -88,7 +88,7 @@ class LlavaData(Dataset):
     """
 
     def __init__(self, args: Namespace, student: Llava, teacher: Llava | None = None, pairs: bool = False,
-                 needs_images: bool = False):  # fmt: skip
+                 needs_images: bool = False):
         self.image_root, self.skip_bad, self.pairs = args.images, args.skip_bad, pairs
         self.encoder = encoder = Encoder(student, args.max_len, getattr(args, "caption_only", False))
         seeing = [model for model in (student, teacher) if model and model.vision_tower]
@@ -132,7 +132,7 @@ class LlavaData(Dataset):
         sample = self.check(where, record, self.image_root, exist=not self.skip_bad)
         messages = sample.conversations[0]
         n_bytes = [max(sum(len(part.get("text", "").encode()) for part in one["content"]) for one in turn)
-                   for turn in zip(*sample.conversations)]  # fmt: skip
+                   for turn in zip(*sample.conversations)]
         first = len(messages) - 1 if self.pairs else [m["role"] for m in messages].index("assistant")
         before = sum(part["type"] == "image" for m in messages[:first] for part in m["content"])
         return len(sample.images), sum(n_bytes), before, first, sum(n_bytes[:first]), sample.unmarked
@@ -192,7 +192,7 @@ class LlavaData(Dataset):
 def schedule(data: LlavaData, args: Namespace) -> list[list[int]]:
     """The samples of every optimizer step of the run. Depends on data, seed and batch size only."""
     epochs = (global_batches(data, args.global_batch, f"{args.seed}/{e}", args.group_by_modality)
-              for e in range(args.epochs))  # fmt: skip
+              for e in range(args.epochs))
     steps = [batch for epoch in epochs for batch in epoch][: args.max_steps or None]
     few = f"{len(data)} usable samples, fewer than one --global_batch {args.global_batch}"
     require(steps, f"{args.data} has {few}")
@@ -222,11 +222,11 @@ def micro_batches(data: LlavaData, steps: list, first: int, run: Run) -> Iterato
     """(step, this rank's micro-batches) from step `first` on; all ranks get similar lengths."""
     size, ranks = run.args.micro_batch, run.ranks
     mine = [batch[k + ranks.rank * size :][:size] for batch in steps[first:]
-            for k in range(0, len(batch), size * ranks.world)]  # fmt: skip
+            for k in range(0, len(batch), size * ranks.world)]
     loader = iter(DataLoader(
         data, batch_sampler=mine, collate_fn=data.collate, pin_memory=ranks.device.type == "cuda",
         num_workers=run.args.workers, worker_init_fn=ignore_signals, generator=torch.Generator(),
-    ))  # fmt: skip
+    ))
     for step in range(first, len(steps)):
         yield step, [next(loader) for _ in range(0, run.args.global_batch, size * ranks.world)]
 

@@ -26,7 +26,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_flags(parser, "models", [
         ("--student", str, ..., "LLaVA checkpoint to train, hub name or folder"),
         ("--teacher", str, ..., "LLaVA checkpoint to learn from, hub name or folder"),
-    ])  # fmt: skip
+    ])
     add_kd_flags(parser, gamma=0.5, relation="matrix", source="KD §4.1")
     add_training_flags(parser, lr=2e-5, batch=128, source="KD §4.1, 16 a GPU x 8")
     return parser.parse_args(argv)

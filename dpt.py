@@ -30,7 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_flags(parser, "training", [
         ("--teacher", str, None, "LLaVA checkpoint to learn from; without it, plain pre-training"),
         ("--caption_only", bool, True, "train on image and answer, without the question; as LLaVA-1.5"),
-    ])  # fmt: skip
+    ])
     add_kd_flags(parser, gamma=0.5, relation="matrix", source="KD §4.1")
     add_training_flags(parser, lr=1e-3, batch=256, source="KD §4.1, 32 a GPU x 8")
     args = parser.parse_args(argv)

@@ -40,14 +40,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ("--skip_bad", natural, 0, "leave out up to this many malformed questions and unreadable images"),
         ("--suffix", str, "", "added to every question, such as '\\nAnswer the question using a "
          "single word or phrase.'"),
-    ])  # fmt: skip
+    ])
     add_flags(parser, "how", [
         ("--out", str, "out/eval", "folder for answers, scores and picture"),
         ("--sample", natural, 0, "draw this many of the questions, with every model's answer"),
         ("--batch", positive, 16, "questions at a time"),
         ("--max_new_tokens", positive, 128, "longest answer, in tokens"),
         ("--dtype", ("auto", "bf16", "fp32"), "auto", "of weights and arithmetic; auto: bf16 on CUDA"),
-    ])  # fmt: skip
+    ])
     return parser.parse_args(argv)
 
 
@@ -99,7 +99,7 @@ def generate(model_path: str, questions: list[dict], args: argparse.Namespace) -
         chat, tokenizer = Chat(processor), processor.tokenizer
         tokenizer.padding_side = "left"  # so that every row's answer starts at the same place
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        size = lambda i: (len(questions[i]["images"]), len(questions[i]["text"]))  # noqa: E731
+        size = lambda i: (len(questions[i]["images"]), len(questions[i]["text"]))
         order, suffix = sorted(range(len(questions)), key=size), args.suffix.replace("\\n", "\n")
         # Token ids minus the padding's: 0 where this rank has no answer, so that the ranks' can be added.
         answers = torch.zeros(len(order), args.max_new_tokens, dtype=torch.int64, device=ranks.device)
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
             if ranks.rank > 0:
                 continue
             lines = [{"question_id": q["question_id"], "prompt": q["text"], "text": a, "model_id": path}
-                     for q, a in zip(questions, answers[name])]  # fmt: skip
+                     for q, a in zip(questions, answers[name])]
             (out / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
             if metric:
                 scores[name] = metric(questions, answers[name]) | ({"left_out": len(bad)} if bad else {})

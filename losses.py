@@ -114,7 +114,7 @@ def relation_loss(r_s: Tensor, r_t: Tensor, weights: Weights = None, columns: bo
 
 def _unit(r: Tensor, dims: tuple[int, ...]) -> Tensor:
     """r / |r|, zero where r is zero. The largest entry is divided out first: squares of R can pass fp32."""
-    nonzero = lambda x: torch.where(x > 0, x, 1.0)  # noqa: E731
+    nonzero = lambda x: torch.where(x > 0, x, 1.0)
     r = r / nonzero(r.detach().abs().amax(dims, keepdim=True))
     return r / nonzero(r.square().sum(dims, keepdim=True)).sqrt()
 
@@ -161,7 +161,7 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, weights: Weigh
 def kto_loss(
     chosen: Tensor, rejected: Tensor, chosen_kl: Tensor, rejected_kl: Tensor, beta: float = 0.1,
     weights: Weights = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Kahneman-Tversky optimisation on pairs: the loss of MoD's preference distillation (§3.2, Table 16)
 
     [1 - sigma(beta (chosen - KL_rejected)) + 1 - sigma(beta (KL_chosen - rejected))] / 2 per pair

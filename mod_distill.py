@@ -45,7 +45,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ("--student", str, ..., "LLaVA checkpoint to train, hub name or folder; dense for d2d and d2s"),
         ("--teacher", str, None, "LLaVA checkpoint to learn from, hub name or folder; not with --kl 0"),
         ("--teacher_dtype", ("auto", "bf16", "fp32"), "auto", "of the teacher's weights; auto: as --dtype"),
-    ])  # fmt: skip
+    ])
     only = {MIMIC: [
         ("--distill", ("response", "response+instruction"), "response", "rows of the KL; MoD Table 7"),
         ("--kl", weight, 1.0, "weight of the KL, 0: none, and no teacher; MoD Eqs. 6, 7"),
@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     ], ("pd",): [
         ("--po", ("kto", "dpo"), "kto", "preference loss; MoD Tables 15, 16"),
         ("--beta", weight, 0.1, "beta of Eq. (8), the strength of the reference; TRL"),
-    ]}  # fmt: skip
+    ]}
     for steps, rows in only.items():
         add_flags(parser, f"--step {' and '.join(steps)}", rows)
     lr = 2e-6 if step == "pd" else 2e-5
@@ -235,7 +235,7 @@ def preference_loss(
         inner = args.beta * torch.stack([chosen - rejected_kl, chosen_kl - rejected]).detach()
     saturated = ((torch.sigmoid(inner) - 0.5).abs() > 0.49).double().mean(0)  # below 1 % or above 99 %
     return loss, {"l_po": loss, "margin": (margin * weights).sum(), "saturated": (saturated * weights).sum(),
-                  "ranked_right": ((margin > 0) * weights).sum()}  # fmt: skip
+                  "ranked_right": ((margin > 0) * weights).sum()}
 
 
 if __name__ == "__main__":

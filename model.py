@@ -109,9 +109,9 @@ class Llava(nn.Module):
     def sees_like(self, teacher: Llava) -> bool:
         """Whether both turn an image into the same features Z_v; layers that are not read may differ."""
         how = [(m.processor.image_processor.to_dict(), m.config.vision_feature_select_strategy)
-               for m in (self, teacher)]  # fmt: skip
+               for m in (self, teacher)]
         a, b = ([p for parts in m.parts_that_see() for part in parts for p in part.parameters()]
-                for m in (self, teacher))  # fmt: skip
+                for m in (self, teacher))
         same_shapes = [p.shape for p in a] == [p.shape for p in b]
         return how[0] == how[1] and same_shapes and all(torch.equal(p.to(q.dtype), q) for p, q in zip(a, b))
 
@@ -120,11 +120,11 @@ class Llava(nn.Module):
         Path(out).mkdir(parents=True, exist_ok=True)
         # The names of published checkpoints, which every version of transformers and vLLM reads.
         names = {"vision_tower.vision_model": self.vision_tower, "language_model.model": self.language_model,
-                 "multi_modal_projector": self.multi_modal_projector}  # fmt: skip
+                 "multi_modal_projector": self.multi_modal_projector}
         if not self.config.tie_word_embeddings:
             names["language_model.lm_head"] = self.lm_head
         weights = {f"{name}.{k}": v for name, part in names.items() for k, v in part.state_dict().items()
-                   if v.numel()}  # fmt: skip  # vLLM has no place for those of a shared expert of width 0
+                   if v.numel()}  # vLLM has no place for those of a shared expert of width 0
         for name in [k for k in weights if ".mlp.experts." in k]:  # stacked in memory, published one by one
             stem, kind = name.rsplit(".", 1)
             parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)

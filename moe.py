@@ -78,7 +78,7 @@ def sparsify(student: Llava, experts: int, top_k: int, layers: str, renormalise:
         "num_experts": experts, "num_experts_per_tok": top_k, "norm_topk_prob": renormalise,
         "moe_intermediate_size": config.intermediate_size, "shared_expert_intermediate_size": 0,
         "mlp_only_layers": [i for i in range(n) if i not in sparse], "architectures": ["Qwen2MoeForCausalLM"],
-    })  # fmt: skip
+    })
     moe._attn_implementation = config._attn_implementation
     for layer in (student.language_model.layers[i] for i in sparse):
         dense = layer.mlp

@@ -25,7 +25,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add_flags(parser, "models", [
         ("--student", str, ..., "LLaVA checkpoint to train, hub name or folder"),
-    ])  # fmt: skip
+    ])
     add_training_flags(parser, lr=2e-5, batch=128, source="KD §4.1, 16 a GPU x 8")
     return parser.parse_args(argv)
 

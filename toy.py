@@ -106,7 +106,7 @@ class Lab:
             if file == "describe":
                 how = {"metric": "hallucination", "max_new_tokens": 18, "objects": self.world / "objects.txt"}
             argv = to_argv(model=model, questions=self.world / f"{file}.jsonl", images=self.world / "images",
-                           out=out, batch=250, **how)  # fmt: skip
+                           out=out, batch=250, **how)
             self.plan(score, "evaluate", argv, out, [self.world, model])
 
     def answers(self, questions: str, model: Path) -> Path:
@@ -147,7 +147,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ("--seeds", positive, 1, "how often each student is trained; at least 3 for a verdict"),
         ("--first_seed", natural, 0, "the first of the seeds"),
         ("--jobs", positive, 2, "stages at a time, one thread each"),
-    ])  # fmt: skip
+    ])
     return parser.parse_args(argv)
 
 

@@ -43,7 +43,7 @@ def make_tower(out: Path) -> None:
     config = hf.SiglipVisionConfig(
         image_size=SIZE, patch_size=8, hidden_size=48, intermediate_size=128, num_hidden_layers=4,
         num_attention_heads=4, vision_use_head=False,
-    )  # fmt: skip
+    )
     tower, rng = hf.SiglipVisionModel(config), random.Random(3)
     processor = hf.SiglipImageProcessorPil(size={"height": SIZE, "width": SIZE})
     scenes = [draw_scene(rng) for _ in range(30_000)]  # fewer are learned by heart
@@ -53,7 +53,7 @@ def make_tower(out: Path) -> None:
         for color, shape, cell in scene:
             tags[i, cell, list(COLORS).index(color)] = tags[i, cell, len(COLORS) + SHAPES.index(shape)] = 1
     head = torch.nn.Linear(16 * 48, tags[0].numel())
-    features = lambda x: tower(pixel_values=x, output_hidden_states=True).hidden_states[-2]  # noqa: E731
+    features = lambda x: tower(pixel_values=x, output_hidden_states=True).hidden_states[-2]
 
     def loss_of() -> torch.Tensor:
         pick = torch.tensor(rng.sample(range(len(scenes)), 96))
@@ -95,7 +95,7 @@ def make_llm(out: Path, tokenizer: hf.Qwen2Tokenizer, width: int, layers: int, s
         num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4,
         max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
     model, rng = hf.Qwen2ForCausalLM(config), random.Random(9)
 
     def loss_of() -> torch.Tensor:

@@ -169,7 +169,7 @@ def infer(path: str, repeats: int, n_new: int = 64) -> dict:
         "prompt_tokens": n_prompt, "TFLOP": flops.get_total_flops() / 1e12,
         "prefill_tokens_per_s": n_prompt / prefill,
         "decode_tokens_per_s": n_new / max(whole - prefill, 1e-9), "GiB": peak / 1024,
-    }  # fmt: skip
+    }
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -178,7 +178,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_flags(parser, "measuring", [
         ("--repeats", positive, 3, "measurements, of which the median is taken"),
         ("--model", str, None, "for infer: a LLaVA checkpoint, hub name or folder"),
-    ])  # fmt: skip
+    ])
     return parser.parse_args(argv)
 
 

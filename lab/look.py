@@ -19,10 +19,10 @@ from support.flags import InputError, add_flags, cli, natural, new_parser, posit
 from support.index import records
 
 LABELS = ("text alone", "one image", "several images", "images but no <image>", "left out by --max_len",
-          "would stop a run")  # fmt: skip
+          "would stop a run")
 # What reads a row, by response + 2 * visual + 4 * prompt: its colour in a terminal and its name.
 READERS = {1: ("30;42", "response: Eqs. 1, 2"), 2: ("97;44", "visual: Eqs. 3-5"), 3: ("30;46", "both"),
-           4: ("30;43", "prompt: only with --targets prompt"), 0: ("2", "nothing")}  # fmt: skip
+           4: ("30;43", "prompt: only with --targets prompt"), 0: ("2", "nothing")}
 LEGEND = """
 What reads the row at each token, by the equations of LLaVA-KD. A row predicts the token after it: the
 token before an answer is coloured as response, and the answer's end token is not."""
@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ("--decode", natural, 1000, "samples, spread evenly, to read the images and count the tokens of; all "
          "images must exist"),
         ("--show", natural, 0, "samples to print, every token in the colour of what reads its row"),
-    ])  # fmt: skip
+    ])
     return parser.parse_args(argv)
 
 

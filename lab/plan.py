@@ -43,7 +43,7 @@ def read_config(path: str) -> hf.LlavaConfig:
     vision = getattr(config, "vision_config", config)
     vision.vision_use_head = False
     return hf.LlavaConfig(vision_config=vision, text_config=llm[0], vision_feature_select_strategy="full",
-                          tie_word_embeddings=llm[0].tie_word_embeddings)  # fmt: skip
+                          tie_word_embeddings=llm[0].tie_word_embeddings)
 
 
 def sizes(config: hf.LlavaConfig, args: argparse.Namespace | None = None) -> dict[str, float]:
@@ -54,7 +54,7 @@ def sizes(config: hf.LlavaConfig, args: argparse.Namespace | None = None) -> dic
         model, body = llava.model, llava.model.language_model
         if args and config.text_config.model_type == "qwen2":
             moe.sparsify(model, args.experts, args.top_k, args.moe_layers)
-    count = lambda *parts: sum(p.numel() for part in parts for p in part.parameters())  # noqa: E731
+    count = lambda *parts: sum(p.numel() for part in parts for p in part.parameters())
     text, sparse = config.text_config, [m for m in body.modules() if hasattr(m, "shared_expert_gate")]
     top_k, experts = (text.num_experts_per_tok, text.num_experts) if sparse else (1, 1)
     return {
@@ -62,7 +62,7 @@ def sizes(config: hf.LlavaConfig, args: argparse.Namespace | None = None) -> dic
         "projector": count(model.multi_modal_projector), "body": count(body) - count(body.embed_tokens),
         "moe": count(*sparse), "idle": count(*sparse) * (1 - top_k / experts), "top_k": top_k,
         "sparse layers": len(sparse), "width": text.hidden_size,
-    }  # fmt: skip
+    }
 
 
 def kept_by(run: Callable[[], object]) -> int:
@@ -137,7 +137,7 @@ def step(args: argparse.Namespace, tokens: int | None = None) -> dict[str, float
         "activations": rest + stream + kept,
         "losses": chunk * (dtype.itemsize + t_bytes) + 28 * block + d_head + grams,
         "backward": layer + more + d_head, "set aside": SET_ASIDE * gpu,
-    }  # fmt: skip
+    }
     # Gradients of a single pass come into being as activations go; between several passes they stay.
     stay = args.gpus > 1 or args.global_batch > args.micro_batch
     during = need["activations"] + max(need["losses"], need["backward"]) + need["gradients"] * stay
@@ -163,7 +163,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ("--tflops", number(float, 1e-3), 150.0, "TFLOP/s that a GPU reaches; half of an A100's peak is 156"),
         ("--text", positive, 100, "text tokens of an average sample"),
         ("--samples", positive, None, "samples of the data; without it as in the papers, 558k or 665k"),
-    ])  # fmt: skip
+    ])
     args, rest = parser.parse_known_args(argv)
     needless = ["--data", "-", "--out", "-"] + ["--step", args.stage] * (STAGES[args.stage] is mod_distill)
     args = argparse.Namespace(**vars(STAGES[args.stage].parse_args([*needless, *rest])) | vars(args))
@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> dict:
     billions = (f"{name} {need[f'n_{name}'] / 1e9:.2f}" for name in ("student", "trained", "teacher"))
     print(f"{', '.join(billions)} billion parameters\n")
     for part in ("student", "teacher", "gradients", "optimizer", "activations", "losses", "backward",
-                 "set aside", "together"):  # fmt: skip
+                 "set aside", "together"):
         print(f"{part:12s}{need[part] / GIB:8.2f} GiB")
     fits = longest <= limit
     print(f"with samples of --max_len {args.max_len}: {longest / GIB:.2f} GiB\n")
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> dict:
     samples = args.samples or (558_000 if args.stage == "dpt" else 665_000)
     hours = samples * args.epochs * need["flops"] / (max(args.gpus, 1) * args.tflops * 1e12) / 3600
     print(f"{need['flops'] / 1e12:.2f} TFLOP a sample: {samples:,} samples, {args.epochs} time(s), take "
-          f"{hours:.1f} hours at {args.tflops:g} TFLOP/s a GPU")  # fmt: skip
+          f"{hours:.1f} hours at {args.tflops:g} TFLOP/s a GPU")
     return need | {"longest": longest, "hours": hours, "fits": fits}
 
 

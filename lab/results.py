@@ -28,7 +28,7 @@ LOWER = ("response_rate", "mention_rate")  # the less the better
 COLUMNS = {
     "unseen": "unseen", **{f"POPE {kind}": f"POPE {kind}" for kind in POPE},
     "response_rate": "lies, answers", "mention_rate": "lies, objects", "recall": "recall",
-}  # fmt: skip
+}
 LEGEND = """\
 Accuracy: percent of right answers about pictures that no model was trained on (most show what some training
 picture shows too), the mean over the seeds with its 95 % interval; then by skill. Unseen: questions about an
@@ -100,7 +100,7 @@ def table_of(rows: list[dict]) -> str:
     lines = [["stages", "scenes", "accuracy", *names, "steps", "seconds", "TFLOP"]]
     for (method, scenes), group in grouped(rows).items():
         values = [plus_minus([measure(r, c) for r in group]) if c in COLUMNS
-                  else f"{statistics.fmean(measure(r, c) for r in group):.0f}" for c in columns]  # fmt: skip
+                  else f"{statistics.fmean(measure(r, c) for r in group):.0f}" for c in columns]
         seconds = statistics.median(r["seconds"] for r in group)
         costs = [f"{group[0]['steps']:,}", f"{seconds:.0f}", f"{group[0]['tflop']:.2f}"]
         accuracy = f"**{plus_minus([r['accuracy'] for r in group])}**"
@@ -119,7 +119,7 @@ def verdicts_of(table: Table, rows: list[dict]) -> str:
         gains = [sign * difference for difference in differences]
         right = f"{sum(gain > 0 for gain in gains)} of {len(gains)}"
         lines.append([f"{better} {word} than {worse}", COLUMNS.get(name, name), f"{scenes:,}",
-                      plus_minus(differences, "+"), right, verdict(gains)])  # fmt: skip
+                      plus_minus(differences, "+"), right, verdict(gains)])
     return markdown(lines)
 
 
@@ -178,7 +178,7 @@ def write_report(out: Path, rows: list[dict], command: list[str], seconds: float
         pictures = [f"![{table.title}]({name}.png)"]
         if table.figure:
             models = {row["method"]: row["stages"][-1] for row in mine
-                      if row["seed"] == seeds[0] or row["method"] not in table.rows}  # fmt: skip
+                      if row["seed"] == seeds[0] or row["method"] not in table.rows}
             picture = f"{name}-{table.figure}.png"
             getattr(figures, f"draw_{table.figure}")(models, out / "world", out / picture)
             pictures.append(f"![{table.figure}, seed {seeds[0]}]({picture})")

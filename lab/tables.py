@@ -12,7 +12,7 @@ from typing import NamedTuple
 # Steps and peak learning rate of each stage, unless the row says others. Those of DFT, D2S and the controls
 # TIME and FLOPS were the best in the tables rates and rates-mod below; other stages and rows reuse them.
 DEFAULTS = {"pt": (400, 3e-3), "dpt": (400, 3e-3), "sft": (400, 2e-3), "dft": (400, 8e-3),
-            "d2d": (400, 2e-3), "d2s": (400, 8e-3), "pd": (100, 5e-4)}  # fmt: skip
+            "d2d": (400, 2e-3), "d2s": (400, 8e-3), "pd": (100, 5e-4)}
 CKD = "--gamma 1 --relation columns"  # CKD's form of the loss
 # The stages of each teacher, which reads all scenes, captions and questions.
 TEACHERS = {
@@ -45,7 +45,6 @@ def at(stages: str) -> dict[str, str]:
     return {row.replace(" | ", ", "): row for row in rows}
 
 
-# fmt: off
 SFT, KD, MIMIC, LIES = "pt | sft", "dpt | sft | dft", "pt | d2d | d2s", ("response_rate", "mention_rate")
 SPARSE = "pt | d2d --kl 0 --ar 1 | d2s --kl 0"  # MIMIC without a teacher
 METHOD = {"PT+SFT": SFT, "PT+SFT+SFT, equal time": f"{SFT} | {TIME}",

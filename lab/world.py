@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 BASE = Path(__file__).parent.parent / "assets" / "toy"
 SIZE, CELL = 32, 16  # pixels of a picture and of one cell of its 2 x 2 grid
 COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230), "yellow": (230, 220, 50),
-          "purple": (150, 50, 190), "white": (240, 240, 240)}  # fmt: skip
+          "purple": (150, 50, 190), "white": (240, 240, 240)}
 SHAPES = ["circle", "square", "triangle", "cross"]
 PLACES = ["top left", "top right", "bottom left", "bottom right"]
 NUMBERS = ["zero", "one", "two", "three"]
@@ -121,7 +121,7 @@ def ask_pope(
     liked = max(absent, key=lambda word: sum(together[word, other] for other in there))
     lies = rng.choice(absent), absent[0], liked
     return [(f"POPE {kind}", *exist(scene, word)) for kind, lie in zip(POPE, lies)
-            for word in (rng.choice(sorted(there)), lie)]  # fmt: skip
+            for word in (rng.choice(sorted(there)), lie)]
 
 
 def wrong_caption(scene: Scene, rng: random.Random) -> str:

@@ -36,7 +36,7 @@ def turn(role: str, text: str, images: int = 0) -> dict:
 
 # What teacher and student must write alike.
 PROBE = [turn("user", "What is this?", 1), turn("assistant", "A cat."),
-         turn("user", "Why?"), turn("assistant", "It purrs.")]  # fmt: skip
+         turn("user", "Why?"), turn("assistant", "It purrs.")]
 
 
 class Chat:

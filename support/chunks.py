@@ -29,7 +29,7 @@ class Rows(NamedTuple):
 def over_rows(
     objective: Callable[..., tuple[Tensor, dict[str, Tensor]]], kinds: list[Tensor | None], y: Tensor,
     student: Head, teacher: Head | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss that `objective` returns and its terms for the log, over all rows of all kinds.
 
     objective  a function of one `Rows` for each kind, which must be a sum over rows. It is called with a few
@@ -41,7 +41,7 @@ def over_rows(
     loss may be scaled, added to others and differentiated once (RuntimeError after that).
     """
     kinds = [torch.zeros_like(y, dtype=torch.bool) if kind is None else kind for kind in kinds]
-    pick = lambda x: torch.cat([x[kind] for kind in kinds])  # noqa: E731  # (N, ...), kind by kind
+    pick = lambda x: torch.cat([x[kind] for kind in kinds])  # (N, ...), kind by kind
     s = pick(student[0]), student[1]
     t = (pick(teacher[0]).to(teacher[1].dtype), teacher[1]) if teacher else (None, None)
     names, sizes = [], [int(kind.sum()) for kind in kinds]

@@ -82,7 +82,7 @@ def add_student_flags(parser: argparse.ArgumentParser, llm: str) -> None:
         ("--student", str, None, "LLaVA checkpoint to train, instead of --vision and --llm"),
         ("--template", ("teacher", "own"), "teacher", "whose chat template, tokenizer and image "
          "preparation a new student has; without a teacher this project's own"),
-    ])  # fmt: skip
+    ])
 
 
 def add_kd_flags(parser: argparse.ArgumentParser, gamma: float, relation: str, source: str) -> None:
@@ -96,7 +96,7 @@ def add_kd_flags(parser: argparse.ArgumentParser, gamma: float, relation: str, s
         ("--gamma", weight, gamma, f"weight of L_rel (RDist; CKD: L_cos), 0: off; {source}"),
         ("--relation", ("matrix", "columns"), relation, "L_rel of R whole, KD Eq. 5; by column, CKD Eq. 6"),
         ("--delta", weight, 1.0, "weight of the prompt's KL, if it is a target"),
-    ])  # fmt: skip
+    ])
 
 
 def add_training_flags(parser: argparse.ArgumentParser, lr: float, batch: int, source: str) -> None:
@@ -108,7 +108,7 @@ def add_training_flags(parser: argparse.ArgumentParser, lr: float, batch: int, s
         ("--group_by_modality", bool, True, "image and text-only samples in separate batches; as LLaVA-1.5"),
         ("--skip_bad", natural, 0, "leave out up to this many samples that are malformed or cannot be read"),
         ("--workers", natural, 4, "data processes per rank"),
-    ])  # fmt: skip
+    ])
     add_flags(parser, "training", [
         ("--lr", weight, lr, f"peak learning rate; {source}"),
         ("--global_batch", positive, batch, f"samples per optimizer step, over all ranks; {source}"),
@@ -122,7 +122,7 @@ def add_training_flags(parser: argparse.ArgumentParser, lr: float, batch: int, s
         ("--dtype", ("auto", "bf16", "fp32"), "auto", "of arithmetic, weights stay fp32; auto: bf16 on CUDA"),
         ("--gradient_checkpointing", bool, False, "recompute the student's layers in the backward pass"),
         ("--shard", ("none", "optimizer"), "none", "optimizer: each rank keeps a share of AdamW's state"),
-    ])  # fmt: skip
+    ])
     add_flags(parser, "the run", [
         ("--out", str, ..., "folder for the checkpoint and log.jsonl"),
         ("--save_every", natural, 1000, "steps between training states in OUT/state, 0: only on a signal"),
@@ -130,4 +130,4 @@ def add_training_flags(parser: argparse.ArgumentParser, lr: float, batch: int, s
         ("--resume", bool, None, "default: an interrupted run in OUT goes on if its code is unchanged; "
          "--resume: even if its code has changed; --no-resume: the run starts again"),
         ("--max_bad_steps", natural, 0, "leave out up to so many steps whose loss or gradient is not finite"),
-    ])  # fmt: skip
+    ])

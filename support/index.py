@@ -66,7 +66,7 @@ class Index:
     """
 
     def __init__(self, path: str, checks: str, width: int, measure: Callable[[str, object], tuple[int, ...]],
-                 skip_bad: bool = False):  # fmt: skip
+                 skip_bad: bool = False):
         self.path, self.skip_bad, self._lines = path, skip_bad, None
         try:
             real, status = os.path.realpath(path), os.stat(path)

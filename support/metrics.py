@@ -118,7 +118,7 @@ def pope(questions: list[dict], answers: list[str]) -> dict:
     precision, recall, n = right / max(yes, 1), right / max(true, 1), len(questions)
     f1 = 2 * precision * recall / max(precision + recall, 1e-12)
     scores = {"accuracy": (right + count[False, False]) / n, "precision": precision, "recall": recall,
-              "f1": f1, "yes_ratio": yes / n}  # fmt: skip
+              "f1": f1, "yes_ratio": yes / n}
     unclear = sum(not re.match(rf"(?i)[\W_]*{s}(?![^\W_])", a) for s, a in zip(said, answers))
     return {name: 100 * value for name, value in scores.items()} | {"unclear": unclear}
 
@@ -136,7 +136,7 @@ def vqa(questions: list[dict], answers: list[str]) -> dict:
 
 
 NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
-                   "0 0 1 2 3 4 5 6 7 8 9 10".split()))  # fmt: skip
+                   "0 0 1 2 3 4 5 6 7 8 9 10".split()))
 CONTRACTED = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've
     hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
     might've mustn't must've needn't not've o'clock oughtn't shan't she'd've should've shouldn't
@@ -168,7 +168,7 @@ def hallucination(questions: list[dict], answers: list[str]) -> dict:
     """
     truths = [set(q["objects"]) for q in questions]
     named = [set(mentions(answer, q["vocabulary"])) for answer, q in zip(answers, questions)]
-    count = lambda *sets: sum(map(len, sets))  # noqa: E731
+    count = lambda *sets: sum(map(len, sets))
     lies = [said - truth for said, truth in zip(named, truths)]
     response, mention = 100 * sum(map(bool, lies)) / len(lies), 100 * count(*lies) / max(count(*named), 1)
     recall = 100 * (count(*named) - count(*lies)) / max(count(*truths), 1)
@@ -177,13 +177,13 @@ def hallucination(questions: list[dict], answers: list[str]) -> dict:
 
 # Endings of plurals that do more than add (e)s.
 PLURALS = {"person": "people", "man": "men", "child": "children", "mouse": "mice", "goose": "geese",
-           "foot": "feet", "tooth": "teeth", "fe": "ves", "f": "ves", "y": "ies"}  # fmt: skip
+           "foot": "feet", "tooth": "teeth", "fe": "ves", "f": "ves", "y": "ies"}
 
 
 def mentions(answer: str, vocabulary: dict[str, str]) -> Iterator[str]:
     """The objects that a text names, the longest wording first: a "hot dog" is not a dog."""
     plurals = {word.removesuffix(end) + plural: name for word, name in vocabulary.items()
-               for end, plural in PLURALS.items() if word.endswith(end)}  # fmt: skip
+               for end, plural in PLURALS.items() if word.endswith(end)}
     known = plurals | vocabulary
     wordings = "|".join(re.escape(w) for w in sorted(known, key=len, reverse=True))
     for match in re.finditer(rf"(?<!\w)({wordings})(?:e?s)?(?!\w)", plain(answer)):
@@ -213,7 +213,6 @@ def read_vocabulary(questions: list[dict], path: str | None) -> None:
 
 
 # How to score, the field with the reference, and how that is read.
-# fmt: off
 METRICS = {"exact": (exact_match, "label", read_label), "choice": (multiple_choice, "label", read_choice),
            "pope": (pope, "label", read_yes_no), "vqa": (vqa, "answers", read_humans),
            "hallucination": (hallucination, "objects", read_objects), "none": (None, None, None)}

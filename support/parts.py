@@ -37,7 +37,7 @@ def new_llava(vision: str, llm: str, teacher: str | None = None) -> tuple[nn.Mod
         tokenizer = processor.tokenizer
         template = processor.chat_template or tokenizer.chat_template
         check_vocabularies((llm, own), (teacher, tokenizer))
-        kind = lambda c: (c.model_type, c.image_size, c.patch_size)  # noqa: E731
+        kind = lambda c: (c.model_type, c.image_size, c.patch_size)
         if kind(theirs.config.vision_config) == kind(tower_config):
             image_processor = processor.image_processor
             theirs_n, n = theirs.config.vision_config.num_hidden_layers, tower_config.num_hidden_layers
@@ -56,11 +56,11 @@ def new_llava(vision: str, llm: str, teacher: str | None = None) -> tuple[nn.Mod
         vision_feature_select_strategy=select, projector_hidden_act="gelu",
         image_seq_length=(tower_config.image_size // tower_config.patch_size) ** 2,
         tie_word_embeddings=language.config.tie_word_embeddings,
-    )  # fmt: skip
+    )
     processor = hf.LlavaProcessor(
         image_processor, tokenizer, patch_size=tower_config.patch_size, chat_template=template,
         vision_feature_select_strategy=select, num_additional_image_tokens=int(has_cls),
-    )  # fmt: skip
+    )
     with torch.device("meta"):
         llava = hf.LlavaForConditionalGeneration(config)
     llava.model.vision_tower, llava.model.language_model, llava.lm_head = (

@@ -77,7 +77,7 @@ def save_state(run: Run, done: int, student: nn.Module, optimizer: Optimizer) ->
     try:
         if run.ranks.rank == 0:
             state = {"step": done, "parameters": trained, "optimizer": optimizer.state_dict(),
-                     "bad": sorted(run.bad), "n_bad_steps": run.n_bad_steps}  # fmt: skip
+                     "bad": sorted(run.bad), "n_bad_steps": run.n_bad_steps}
             folder.mkdir(parents=True, exist_ok=True)
             with Hashing(beside) as file:
                 torch.save(state, file)

@@ -30,19 +30,19 @@ torch.set_num_threads(1)  # for models this small, two are slower and, on a busy
 
 def vision_config() -> SiglipVisionConfig:
     return SiglipVisionConfig(image_size=16, patch_size=8, hidden_size=16, intermediate_size=32,
-                              num_hidden_layers=3, num_attention_heads=2, vision_use_head=False)  # fmt: skip
+                              num_hidden_layers=3, num_attention_heads=2, vision_use_head=False)
 
 
 def text_config(width: int = 16, vocab: int = 448, tied: bool = True) -> Qwen2Config:
     return Qwen2Config(vocab_size=vocab, hidden_size=width, intermediate_size=32, num_hidden_layers=2,
                        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
                        tie_word_embeddings=tied, eos_token_id=371, pad_token_id=371,
-                       bos_token_id=None)  # fmt: skip
+                       bos_token_id=None)
 
 
 def llava_config(**text: object) -> LlavaConfig:
     return LlavaConfig(vision_config=vision_config(), text_config=text_config(**text), image_token_index=372,
-                       image_seq_length=NP, vision_feature_select_strategy="full")  # fmt: skip
+                       image_seq_length=NP, vision_feature_select_strategy="full")
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +96,7 @@ def world(tmp_path_factory) -> Path:
     root, rng = tmp_path_factory.mktemp("world"), random.Random(0)
     (root / "images").mkdir()
     words = "red green blue circle square cross top left bottom right how many objects is there a".split()
-    text = lambda low, high: " ".join(rng.choices(words, k=rng.randint(low, high)))  # noqa: E731
+    text = lambda low, high: " ".join(rng.choices(words, k=rng.randint(low, high)))
     samples = []
     for i in range(24):
         size = (rng.randint(10, 40), rng.randint(10, 40))
@@ -138,7 +138,7 @@ def as_floats(pixels: torch.Tensor) -> torch.Tensor:
 
 def data_flags(world: Path, **more: object) -> list[str]:
     flags = {"data": world / "train.json", "images": world / "images", "workers": 0, "lr": 0.02,
-             "global_batch": 8, "micro_batch": 8, "seed": 3} | more  # fmt: skip
+             "global_batch": 8, "micro_batch": 8, "seed": 3} | more
     argv = [item for flag, value in flags.items() for item in (f"--{flag}", str(value))]
     return [*argv, "--no-group_by_modality"]  # so that images and text-only samples meet in a batch
 
@@ -151,7 +151,7 @@ def launch(script: str, argv: list[str], ranks: int = 0, expect: int = 0) -> sub
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
-                   "--master_port", str(port), script]  # fmt: skip
+                   "--master_port", str(port), script]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command + argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     assert (done.returncode != 0) == bool(expect), done.stdout[-3000:] + done.stderr[-3000:]

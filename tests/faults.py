@@ -37,13 +37,13 @@ def kills(n: int, root: Path) -> None:
     data = ["--images", str(root / "world/images"), "--workers", "0", "--no-caption_only"]
     parts = ["--vision", f"{BASE}/siglip", "--llm", f"{BASE}/qwen-small"]
     flags = ["--data", str(root / "world/pretrain.json"), *data, *parts, "--global_batch", "8",
-             "--micro_batch", "4", "--max_steps", "60", "--epochs", "20", "--save_every", "3"]  # fmt: skip
-    command = lambda out: [sys.executable, "dpt.py", *flags, "--out", str(root / out)]  # noqa: E731
+             "--micro_batch", "4", "--max_steps", "60", "--epochs", "20", "--save_every", "3"]
+    command = lambda out: [sys.executable, "dpt.py", *flags, "--out", str(root / out)]
     quiet = {"cwd": ROOT, "env": ENV, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     subprocess.run(command("whole"), check=True, **quiet)
     want, rng, killed, runs = load_file(root / "whole/model.safetensors"), random.Random(0), 0, 0
     log = root / "killed/log.jsonl"
-    steps = lambda: log.read_text().count("\n") if log.exists() else 0  # noqa: E731
+    steps = lambda: log.read_text().count("\n") if log.exists() else 0
     while killed < n:
         for attempt in range(5):
             process, last = subprocess.Popen(command("killed"), **quiet), steps() + rng.randrange(1, 20)
@@ -77,7 +77,7 @@ def million(n: int, root: Path) -> None:
         file.write("[")
         for i in range(n):
             talk = [("human", "<image>\nwhat is this ?" if k == 0 else "and then ?") if k % 2 == 0 else
-                    ("gpt", " ".join(rng.choices(words, k=60))) for k in range(6)]  # fmt: skip
+                    ("gpt", " ".join(rng.choices(words, k=60))) for k in range(6)]
             turns = [{"from": who, "value": text} for who, text in talk]
             file.write(
                 ",\n" * (i > 0) + json.dumps({"id": i, "image": f"{i % 100}.png", "conversations": turns})
@@ -86,7 +86,7 @@ def million(n: int, root: Path) -> None:
     print(f"{n:,} samples, {(root / 'data.json').stat().st_size / 1e9:.2f} GB")
     for name in "first", "second":
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-                   "29611", __file__, "open", "--root", str(root)]  # fmt: skip
+                   "29611", __file__, "open", "--root", str(root)]
         process = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, text=True)
         base, peak, imported = 0.0, 0.0, root / "imported"
         while process.poll() is None:

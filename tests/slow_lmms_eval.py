@@ -17,12 +17,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import dpt  # noqa: E402
-import evaluate  # noqa: E402
-import mod_distill  # noqa: E402
-import sft  # noqa: E402
-from lab import world  # noqa: E402
-from support.flags import require, to_argv  # noqa: E402
+import dpt
+import evaluate
+import mod_distill
+import sft
+from lab import world
+from support.flags import require, to_argv
 
 TASK = """\
 task: toy
@@ -68,13 +68,13 @@ def checkpoints(out: Path) -> dict[str, Path]:
     if not (out / "world").exists():
         world.write_world(out / "world", n_train=400, n_test=75)
     base, common = world.BASE, {"images": out / "world/images", "global_batch": 32, "micro_batch": 32,
-                                "epochs": 1000, "max_len": 128, "workers": 0}  # fmt: skip
+                                "epochs": 1000, "max_len": 128, "workers": 0}
     captions, questions = (out / f"world/{kind}.json" for kind in ("pretrain", "finetune"))
     dpt.main(to_argv(vision=base / "siglip", llm=base / "qwen-small", data=captions, out=out / "pt",
-                     max_steps=150, lr=3e-3, caption_only=False, **common))  # fmt: skip
+                     max_steps=150, lr=3e-3, caption_only=False, **common))
     sft.main(to_argv(student=out / "pt", data=questions, out=out / "dense", max_steps=200, lr=2e-3, **common))
     mod_distill.main(to_argv(step="d2s", kl=0, student=out / "dense", data=questions, out=out / "sparse",
-                             max_steps=60, lr=2e-3, **common))  # fmt: skip
+                             max_steps=60, lr=2e-3, **common))
     return {name: out / name for name in ("dense", "sparse")}
 
 
@@ -85,7 +85,7 @@ def by_lmms_eval(python: str, model: Path, out: Path) -> tuple[float, list[str]]
     loaded, place = f"pretrained={model},device=cpu,device_map=cpu,dtype=float32", out / "task"
     command = [python, "-m", "lmms_eval", "--model", "llava_hf", "--model_args", loaded, "--tasks", "toy",
                "--include_path", str(place), "--batch_size", "1", "--log_samples",
-               "--output_path", str(results)]  # fmt: skip
+               "--output_path", str(results)]
     # A safe path: else it would take evaluate.py here for the package `evaluate`.
     alone = {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(out / "hf")}
     done = subprocess.run(command, env=os.environ | alone, capture_output=True, text=True)
@@ -105,7 +105,7 @@ def main(out: Path, python: str | None) -> None:
     (out / "task/utils.py").write_text(UTILS.format(images=out / "world/images"))
     for name, model in models.items():
         ours = evaluate.main(to_argv(model=model, questions=questions, images=out / "world/images",
-                                     out=out / "eval", max_new_tokens=6))[name]["accuracy"]  # fmt: skip
+                                     out=out / "eval", max_new_tokens=6))[name]["accuracy"]
         said = [json.loads(line)["text"] for line in (out / f"eval/{name}.jsonl").read_text().splitlines()]
         theirs, answers = by_lmms_eval(python or lmms_python(out), model, out)
         differ = [(a, b) for a, b in zip(said, answers, strict=True) if a != b.strip()]

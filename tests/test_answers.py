@@ -36,7 +36,7 @@ def read(tmp_path: Path, metric: str, *questions: dict, images: Path | str = "."
     ("exact", {"label": 2}, "2"), ("exact", {"label": "Red"}, "Red"),
     ("vqa", {"answers": [{"answer": "2"}, {"answer": "3"}]}, ["2", "3"]),
     ("hallucination", {"objects": ["Dog ", "cat"]}, ["dog", "cat"]), ("hallucination", {"objects": []}, []),
-])  # fmt: skip
+])
 def test_a_reference_is_read_into_one_form(tmp_path, metric, reference, expected):
     (question,), bad = read(tmp_path, metric, reference)
     assert (question[METRICS[metric][1]], bad) == (expected, [])
@@ -57,7 +57,7 @@ def test_a_reference_is_read_into_one_form(tmp_path, metric, reference, expected
     *(("vqa", {"answers": a}, "several humans") for a in ("two", [], ["two"], None, [1, 2], [{"answer": 2}])),
     *(("hallucination", {"objects": o}, "must be the list") for o in (None, "dog", [3], [""], [["dog"]])),
     ("vqa", {}, "several humans"), ("hallucination", {}, "must be the list"), ("pope", {}, "no 'label'"),
-])  # fmt: skip
+])
 def test_a_reference_that_can_be_misread_is_refused(tmp_path, metric, reference, message):
     with pytest.raises(InputError, match=f"q.jsonl line 1.*{message}"):
         read(tmp_path, metric, reference)
@@ -83,7 +83,7 @@ def test_pope_counts_the_answers_that_its_script_misreads():
     "**Answer:** B", "The correct answer is B", "The answer is: (B).", "The answer is B because it is no cat",
     "B\nBecause it barks.", "It barks.\n\nAnswer: B", "The right option is B.", "a dog", "A dog.", "A DOG",
     "It is a dog.", "The answer is a dog.", "I see a dog in the picture", "There is a dog\nand nothing more.",
-])  # fmt: skip
+])
 def test_an_answer_that_chooses(answer):
     assert choice(answer, {"A": "a cat", "B": "a dog"}) == "B"
 
@@ -91,7 +91,7 @@ def test_an_answer_that_chooses(answer):
 @pytest.mark.parametrize("answer", [
     "", "A bird", "a bird.", "both", "Because", "Bad", "B or A", "I think B is it", "a cat or a dog", "C",
     "AB", "It is not a dog.", "It isn't a dog", "Answer: a bird", "bulldog", "a dogma",
-])  # fmt: skip
+])
 def test_an_answer_that_chooses_nothing(answer):
     options = ["a cat", "a dog"]
     scores = multiple_choice([{"label": label, "options": options} for label in "AB"], [answer] * 2)
@@ -113,7 +113,7 @@ def test_options_by_letters_by_names_and_without_texts():
 
 def test_what_looks_the_same_is_the_same():
     for human, answer in (("5%", "5 %"), ("don't", "don’t"), ("caf\u00e9", "cafe\u0301"), ("Ａ", "a"),
-                          ("10 cm", "10\u00a0cm")):  # fmt: skip
+                          ("10 cm", "10\u00a0cm")):
         assert vqa([{"answers": [human] * 10}], [answer])["accuracy"] == 100, human
         if "%" not in human:
             assert exact_match([{"label": human}], [f"{answer}."])["accuracy"] == 100, human
@@ -141,7 +141,7 @@ def test_questions_that_cannot_be_asked(world, tmp_path):
         with pytest.raises(InputError, match=message):
             read(tmp_path, "none", question, images=images)
     (asked, several), _ = read(tmp_path, "none", {"text": "<im<image>age> what?", "image": "0.png"},
-                               {"images": ["0.png", "4.png"]}, images=images)  # fmt: skip
+                               {"images": ["0.png", "4.png"]}, images=images)
     assert (asked["text"], asked["images"], several["images"]) == ("what?", ["0.png"], ["0.png", "4.png"])
     with pytest.raises(InputError, match="--suffix must not hold <image>"):
         evaluate.main(["--model", "m", "--questions", "q", "--suffix", "look: <image>"])
@@ -159,7 +159,7 @@ def some_bad(world, tmp_path) -> dict:
     lines = [good, good | {"image": "cut.jpg"}, good, good | {"text": None}, good]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return {"questions": tmp_path / "q.jsonl", "images": tmp_path / "images", "out": tmp_path / "out",
-            "metric": "pope", "max_new_tokens": 2}  # fmt: skip
+            "metric": "pope", "max_new_tokens": 2}
 
 
 def test_bad_questions_stop_the_run_before_it_answers(some_bad, monkeypatch):
@@ -187,7 +187,7 @@ def test_ranks_share_the_questions_and_give_the_same_answers(some_bad, world, ch
     lines = [{"text": f"what color is {k} ?", "image": f"{4 * k}.png", "label": "red"} for k in range(5)]
     some_bad["questions"].write_text("\n".join(map(json.dumps, [*lines, {"text": None}])))
     flags = some_bad | {"model": checkpoints["small"], "images": world / "images", "metric": "exact",
-                        "batch": 1, "skip_bad": 1, "max_new_tokens": 6, "sample": 2}  # fmt: skip
+                        "batch": 1, "skip_bad": 1, "max_new_tokens": 6, "sample": 2}
     alone = evaluate.main(to_argv(**flags))
     said = launch("evaluate.py", to_argv(**flags | {"out": tmp_path / "two"}), ranks=2).stdout
     assert json.loads((tmp_path / "two" / "scores.json").read_text()) == alone
@@ -241,7 +241,7 @@ def test_an_older_processor_of_a_tower_with_a_class_token(parts, tmp_path):
 
     sizes = {k: getattr(vision_config(), k) for k in ("image_size", "patch_size", "hidden_size")}
     CLIPVisionModel(CLIPVisionConfig(**sizes, intermediate_size=32, num_hidden_layers=3,
-                                     num_attention_heads=2)).save_pretrained(tmp_path / "clip")  # fmt: skip
+                                     num_attention_heads=2)).save_pretrained(tmp_path / "clip")
     square = {"height": 16, "width": 16}
     CLIPImageProcessorPil(size=square, crop_size=square).save_pretrained(tmp_path / "clip")
     new_student(str(tmp_path / "clip"), parts["small"]).save(tmp_path / "llava")
@@ -256,7 +256,7 @@ def test_the_pipeline_of_transformers_answers(checkpoints, world):
     """As README shows it, and with the words that evaluate.py gets."""
     asked = {"where": "q", "text": "how many objects ?", "images": ["0.png"]}
     args = evaluate.parse_args(["--model", "m", "--questions", "q", "--images", str(world / "images"),
-                                "--max_new_tokens", "6"])  # fmt: skip
+                                "--max_new_tokens", "6"])
     (expected,) = evaluate.generate(checkpoints["small"], [asked], args)
     ask = pipeline("image-text-to-text", model=checkpoints["small"])
     content = [

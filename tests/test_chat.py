@@ -29,7 +29,7 @@ INTERLEAVE = (
     "{% generation %}{{ '\n' + m.content[0].text }}{% endgeneration %}{% else %}{{ '\n' }}" + PARTS +
     "{% endif %}{{ '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)  # fmt: skip
+)
 # No end token anywhere, a blank behind every text.
 VICUNA = (
     "{% for m in messages %}{{ 'ASSISTANT: ' if m.role == 'assistant' else 'USER: ' }}" + PARTS + "{{ ' ' }}"
@@ -41,7 +41,7 @@ LLAMA = (
 )
 TEMPLATES = {"own": (CHAT_TEMPLATE, "<|endoftext|>"), "chatml": (CHATML, "<|im_end|>"),
              "interleave": (INTERLEAVE, "<|im_end|>"), "vicuna": (VICUNA, ""),
-             "llama": (LLAMA, " <|im_end|>")}  # fmt: skip
+             "llama": (LLAMA, " <|im_end|>")}
 
 
 def processor_of(template: str, begin: bool = False) -> LlavaProcessor:
@@ -56,7 +56,7 @@ def processor_of(template: str, begin: bool = False) -> LlavaProcessor:
         )
     image_processor = SiglipImageProcessorPil(size={"height": 16, "width": 16})
     return LlavaProcessor(image_processor, tokenizer, patch_size=8, chat_template=template,
-                          vision_feature_select_strategy="full")  # fmt: skip
+                          vision_feature_select_strategy="full")
 
 
 def with_pictures(talk: list[dict]) -> list[dict]:
@@ -71,7 +71,7 @@ def test_every_prompt_is_what_stock_generation_is_asked_with(name, begin):
     processor = processor_of(TEMPLATES[name][0], begin)
     chat, tokenizer = Chat(processor), processor.tokenizer
     talk = [turn("user", "is there a cross ?", 1), turn("assistant", "a red circle"),
-            turn("user", "left or right ?", 1), turn("assistant", "two")]  # fmt: skip
+            turn("user", "left or right ?", 1), turn("assistant", "two")]
     encode = Encoder(SimpleNamespace(chat=chat, n_visual_tokens=NP), 2048)
     for k in 1, 3:
         ids, targets = encode(talk[: k + 1], last_only=True)
@@ -210,7 +210,7 @@ def test_a_student_keeps_the_image_preparation_of_its_own_kind_of_tower(parts, t
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
     config = CLIPVisionConfig(image_size=16, patch_size=8, hidden_size=16, intermediate_size=32,
-                              num_hidden_layers=3, num_attention_heads=2)  # fmt: skip
+                              num_hidden_layers=3, num_attention_heads=2)
     CLIPVisionModel(config).save_pretrained(tmp_path / "clip")
     crop = {"height": 16, "width": 16}
     CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=crop).save_pretrained(tmp_path / "clip")

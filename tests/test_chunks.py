@@ -18,7 +18,7 @@ class Case:
 
     def __init__(self, dtype=torch.float64, v_s=11, v_t=11):
         g = torch.Generator().manual_seed(0)
-        new = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)  # noqa: E731
+        new = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
         self.hidden, self.head = new(2, 6, 5).requires_grad_(), new(v_s, 5).requires_grad_()
         self.t_hidden, self.t_head = new(2, 6, 4), new(v_t, 4)
         self.y = torch.randint(0, min(v_s, v_t), (2, 6), generator=g)
@@ -37,9 +37,9 @@ class Case:
 
     def chunked(self, hidden, head, **more):
         loss, terms = over_rows(lambda *rows: self.objective(*rows, **more), self.kinds, self.y,
-                                (hidden, head), (self.t_hidden, self.t_head))  # fmt: skip
+                                (hidden, head), (self.t_hidden, self.t_head))
         r_s, r_t = (self_correlation(h[:, :3], gram(w, o)) for h, w, o in
-                    ((hidden, head, self.t_head), (self.t_hidden, self.t_head, head)))  # fmt: skip
+                    ((hidden, head, self.t_head), (self.t_hidden, self.t_head, head)))
         l_rel = relation_loss(r_s, r_t)
         return loss + 0.7 * l_rel, terms | {"l_rel": l_rel}
 
@@ -106,7 +106,7 @@ def test_each_row_is_passed_once_and_among_its_kind(pieces):
 def test_a_kind_that_is_not_asked_for(pieces):
     case = Case()
     want = over_rows(case.objective, [case.response, case.visual, torch.zeros_like(case.prompt)], case.y,
-                     (case.hidden, case.head), (case.t_hidden, case.t_head))[0]  # fmt: skip
+                     (case.hidden, case.head), (case.t_hidden, case.t_head))[0]
     case.kinds[2] = None
     got = over_rows(
         case.objective, case.kinds, case.y, (case.hidden, case.head), (case.t_hidden, case.t_head)
@@ -117,7 +117,7 @@ def test_a_kind_that_is_not_asked_for(pieces):
 
 def test_an_objective_may_leave_a_kind_alone(pieces):
     case = Case()
-    objective = lambda response, visual, prompt: (response.log_s.square().sum(), {})  # noqa: E731
+    objective = lambda response, visual, prompt: (response.log_s.square().sum(), {})
     loss, _ = over_rows(objective, case.kinds, case.y, (case.hidden, case.head), (case.t_hidden, case.t_head))
     want = (case.hidden @ case.head.T)[case.response].log_softmax(-1).square().sum()
     assert loss.item() == pytest.approx(want.item(), rel=1e-10)
@@ -130,9 +130,9 @@ def test_bf16_products_are_within_bf16s_own_error(pieces):
     case, exact = Case(torch.float32, v_s=300, v_t=300), Case(v_s=300, v_t=300)
     case.t_head = case.t_head.bfloat16()
     loss, terms = over_rows(case.objective, case.kinds, case.y, (case.hidden.bfloat16(), case.head),
-                            (case.t_hidden, case.t_head))  # fmt: skip
+                            (case.t_hidden, case.t_head))
     want, want_terms = over_rows(exact.objective, exact.kinds, exact.y, (exact.hidden, exact.head),
-                                 (exact.t_hidden, exact.t_head))  # fmt: skip
+                                 (exact.t_hidden, exact.t_head))
     for name, value in terms.items():
         assert value.dtype == torch.float32
         assert value.item() == pytest.approx(want_terms[name].item(), rel=0.03)
@@ -171,14 +171,14 @@ def test_a_tied_head_gets_the_gradient_of_both_uses():
     case = Case()
     picks = torch.randint(0, 11, (2, 6))
     grads = [torch.autograd.grad(how(embedding[picks].tanh(), embedding)[0], embedding)[0]
-             for how in (case.plain, case.chunked)]  # fmt: skip
+             for how in (case.plain, case.chunked)]
     assert (grads[0] - grads[1]).abs().max() < 1e-10
 
 
 def test_rows_of_no_kind_get_exactly_no_gradient():
     case = Case()
     loss, _ = over_rows(case.objective, case.kinds, case.y, (case.hidden, case.head),
-                        (case.t_hidden, case.t_head))  # fmt: skip
+                        (case.t_hidden, case.t_head))
     (grad,) = torch.autograd.grad(loss, case.hidden)
     read = case.response | case.visual | case.prompt
     assert (grad[~read] == 0).all()
@@ -189,7 +189,7 @@ def test_no_rows_at_all():
     case = Case()
     case.kinds = [torch.zeros_like(kind) for kind in case.kinds]
     loss, terms = over_rows(case.objective, case.kinds, case.y, (case.hidden, case.head),
-                            (case.t_hidden, case.t_head))  # fmt: skip
+                            (case.t_hidden, case.t_head))
     images = torch.zeros(0, 3, 5, dtype=torch.float64)
     g_s, g_t = gram(case.head, case.t_head), gram(case.t_head, case.head)
     loss = loss + relation_loss(self_correlation(images, g_s), self_correlation(images[..., :4], g_t))

@@ -41,7 +41,7 @@ def teachers(tmp_path_factory, checkpoints, tokenizer) -> dict[str, str]:
 def cascade_flags(world, parts, out, *names, **more) -> list[str]:
     flags = {"pretrain_data": world / "train.json", "finetune_data": world / "train.json", "out": out,
              "images": world / "images", "workers": 0, "pretrain_lr": 0.02, "finetune_lr": 0.02, "seed": 3,
-             "pretrain_batch": 8, "finetune_batch": 8, "micro_batch": 8, "max_steps": 2} | more  # fmt: skip
+             "pretrain_batch": 8, "finetune_batch": 8, "micro_batch": 8, "max_steps": 2} | more
     argv = [item for flag, value in flags.items() for item in (f"--{flag}", str(value))]
     student = ["--vision", parts["vision"], "--llm", parts["small"]]
     return ["--teachers", *names, *student, *argv, "--no-group_by_modality"]
@@ -116,12 +116,12 @@ def test_a_cascade_killed_in_the_second_teachers_dft_ends_the_same(
     world, parts, checkpoints, tmp_path, capsys
 ):
     names = checkpoints["small"], checkpoints["large"]
-    flags = lambda out: cascade_flags(world, parts, out, *names, epochs=10, max_steps=16)  # noqa: E731
+    flags = lambda out: cascade_flags(world, parts, out, *names, epochs=10, max_steps=16)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     ckd.main(flags(whole))
     process = subprocess.Popen([sys.executable, "ckd.py", *flags(killed)], cwd=ROOT, env=env,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = killed / "2-large/dft/log.jsonl"
     while not (log.exists() and len(log.read_text().splitlines()) >= 3):
         assert process.poll() is None, "it ended before it could be killed"
@@ -158,7 +158,7 @@ def test_only_one_teacher_is_in_memory(world, parts, checkpoints, tmp_path, toke
     assert size > 75
     del big, model
     page = os.sysconf("SC_PAGE_SIZE") / 2**20
-    resident = lambda: int(open("/proc/self/statm").read().split()[1]) * page  # noqa: E731
+    resident = lambda: int(open("/proc/self/statm").read().split()[1]) * page
     seen = []
     start = ckd.dpt.main
     monkeypatch.setattr(ckd.dpt, "main", lambda argv: (seen.append(resident()), start(argv)))
@@ -202,7 +202,7 @@ def test_bad_command_lines(world, parts, checkpoints, tmp_path, capsys, more, me
 
 
 def test_another_cascade_in_the_same_folder_is_refused(world, parts, checkpoints, tmp_path):
-    argv = lambda **more: cascade_flags(world, parts, tmp_path, checkpoints["small"], max_steps=1, **more)  # noqa: E731
+    argv = lambda **more: cascade_flags(world, parts, tmp_path, checkpoints["small"], max_steps=1, **more)
     ckd.main(argv())
     with pytest.raises(InputError, match="holds a different run .*lr: 0.02 there, 0.5 now"):
         ckd.main(argv(pretrain_lr=0.5))
@@ -214,7 +214,7 @@ def test_columns_of_a_stage_by_hand(world, checkpoints, tmp_path):
     from transformers import LlavaForConditionalGeneration
 
     dft.main(["--student", checkpoints["small"], "--teacher", checkpoints["large"], "--relation", "columns",
-              *data_flags(world, out=tmp_path / "out", max_steps=1, lr=0)])  # fmt: skip
+              *data_flags(world, out=tmp_path / "out", max_steps=1, lr=0)])
     (line,) = log_of(tmp_path / "out")
     models = [LlavaForConditionalGeneration.from_pretrained(checkpoints[n]) for n in ("small", "large")]
     data, steps = first_steps(world, checkpoints["small"])

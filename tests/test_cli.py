@@ -148,7 +148,7 @@ def test_skipping_changes_nothing_else(corrupt, checkpoints, tmp_path):
     samples = [s for s in json.loads((corrupt / "train.json").read_text()) if s["id"] not in (4, 8, 12)]
     (corrupt / "less.json").write_text(json.dumps(samples))
     flags = data_flags(corrupt, out=tmp_path / "b", max_steps=1, global_batch=21, micro_batch=21,
-                       data=corrupt / "less.json")  # fmt: skip
+                       data=corrupt / "less.json")
     sft.main(["--student", checkpoints["small"], *flags])
     (a,), (b,) = log_of(tmp_path / "a"), log_of(tmp_path / "b")
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)

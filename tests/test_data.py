@@ -219,7 +219,7 @@ def test_unreadable_files(tmp_path):
     for name, message in (("none.json", "cannot read"), ("cut.json", "cut.json is not valid JSON"),
                           ("cut.jsonl", "line 2 is not valid JSON"),
                           ("binary.json", "not valid JSON: 'utf-8' codec"),
-                          ("deep.json", "not valid JSON")):  # fmt: skip
+                          ("deep.json", "not valid JSON")):
         with pytest.raises(InputError, match=message):
             list(records(tmp_path / name))
 
@@ -286,7 +286,7 @@ def test_the_index_is_made_once_and_again_when_the_file_changed(world, processor
     monkeypatch.setattr(Index, "_make", lambda *a: made.append(1) or make(*a))
     path = tmp_path / "train.json"
     path.write_text((world / "train.json").read_text())
-    data = lambda: open_data(path, world / "images", processor)  # noqa: E731
+    data = lambda: open_data(path, world / "images", processor)
     assert len(data()) == len(data()) == 24
     assert len(made) == 1
     path.write_text(json.dumps(json.loads(path.read_text())[:7]))
@@ -321,7 +321,7 @@ def test_an_index_gives_every_record_back(tmp_path, form):
     assert found.sizes.flatten().tolist() == [len(str(record)) for record in want]
     places = [found.read(i)[0] for i in (0, 2)]
     assert places == [f"{tmp_path}/f.json {'line' if form == 'lines' else 'sample'} {k}"
-                      for k in ((1, 3) if form == "lines" else (0, 2))]  # fmt: skip
+                      for k in ((1, 3) if form == "lines" else (0, 2))]
 
 
 def test_a_file_without_samples(tmp_path):

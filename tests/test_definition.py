@@ -53,7 +53,7 @@ def run(tmp_path_factory, world, parts, checkpoints):
     root = tmp_path_factory.mktemp("definition")
     teacher, pairs = ["--teacher", checkpoints["large"]], root / "pairs.json"
     small = ["--student", checkpoints["small"]]
-    flags = lambda out, **more: data_flags(world, out=out, max_steps=2, **more)  # noqa: E731
+    flags = lambda out, **more: data_flags(world, out=out, max_steps=2, **more)
     mod_distill.main(["--step", "d2s", *small, *teacher, *flags(root / "sparse")])
     write_pairs(world, pairs)
 
@@ -90,7 +90,7 @@ def fails(*args, **kwargs):
 
 
 def twice(*args, **kwargs):
-    value = _original(*args, **kwargs)  # noqa: F821
+    value = globals()["_original"](*args, **kwargs)
     if isinstance(value, tuple):  # routing: r, the kept values, whose they are
         return value[0], 2 * value[1], value[2]
     return value**3 if value.dim() == 3 else 2 * value  # of a correlation matrix the third power
@@ -126,7 +126,7 @@ def test_a_stage_trains_by_the_definition(run, monkeypatch, name, stage, flags, 
 def test_all_functions_of_the_papers_are_covered():
     named = {name for name, *_ in USES}
     assert named == {"autoregressive_loss", "response_kl", "visual_kl", "prompt_kl", "self_correlation",
-                     "relation_loss", "routing", "balance_loss", "dpo_loss", "kto_loss"}  # fmt: skip
+                     "relation_loss", "routing", "balance_loss", "dpo_loss", "kto_loss"}
 
 
 # ---------------------------------------------------------------------------------- a run knows its code

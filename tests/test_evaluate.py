@@ -40,7 +40,7 @@ def test_answers_are_those_of_stock_generation(questions, world, checkpoints, tm
     path = checkpoints["small"]
     scores = evaluate.main(["--model", path, checkpoints["large"], "--questions", str(questions), "--images",
                             str(world / "images"), "--out", str(tmp_path), "--max_new_tokens", "8",
-                            "--sample", "4"])  # fmt: skip
+                            "--sample", "4"])
     model, processor = (
         LlavaForConditionalGeneration.from_pretrained(path),
         AutoProcessor.from_pretrained(path),
@@ -83,7 +83,7 @@ def test_pope_by_hand():
     ]
     scores = pope([{"label": label} for label in labels], answers)  # TP 2, FN 1, TN 4, FP 1
     expected = {"accuracy": 75, "precision": 200 / 3, "recall": 200 / 3, "f1": 200 / 3, "yes_ratio": 37.5,
-                "unclear": 2}  # fmt: skip
+                "unclear": 2}
     assert scores == pytest.approx(expected)
     assert pope([{"label": "yes"}], ["no"])["f1"] == 0
     assert (
@@ -134,7 +134,7 @@ def test_vqa_normalisation():
         ("3.5", "3.5"),
         ("black/white", "black white"), ("yes, it is", "yes it is"), ("what? no!", "what no"), ("none", "0"),
         ("couldnt've", "couldn't've"), ("couldn'tve", "couldn't've"), ("a\nb", "b"), ("oclock", "o'clock"),
-    ):  # fmt: skip
+    ):
         assert normalize_vqa(raw) == expected, raw
 
 
@@ -151,14 +151,14 @@ def test_only_the_last_position_gets_logits(questions, world, checkpoints, monke
     from torch import nn
 
     rows, forward = [], nn.Linear.forward
-    is_head = lambda layer: layer.out_features == 448  # noqa: E731
+    is_head = lambda layer: layer.out_features == 448
     monkeypatch.setattr(
         nn.Linear,
         "forward",
         lambda self, x: (rows.append(x.shape[1]) if is_head(self) else None, forward(self, x))[1],
     )
     evaluate.main(to_argv(model=checkpoints["small"], questions=questions, images=world / "images",
-                               out=tmp_path, max_new_tokens=3))  # fmt: skip
+                               out=tmp_path, max_new_tokens=3))
     assert rows
     assert set(rows) == {1}
 
@@ -168,7 +168,7 @@ def test_bad_questions(world, tmp_path):
         ({"image": "0.png"}, "needs 'text'"), ({"text": "?", "image": "0.png"}, "no 'label'"),
         ({"text": "?", "image": "../x", "label": "y"}, "leaves"),
         ({"text": "<image> <image>", "image": "0.png", "label": "y"}, "2 <image>"),
-    ):  # fmt: skip
+    ):
         (tmp_path / "q.jsonl").write_text(json.dumps(line))
         with pytest.raises(InputError, match=message):
             evaluate.read_questions(str(tmp_path / "q.jsonl"), str(world / "images"), "exact")
@@ -219,6 +219,6 @@ def test_hallucination_through_the_command_line(world, checkpoints, tmp_path):
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
     scores = evaluate.main(["--model", checkpoints["small"], "--questions", str(tmp_path / "q.jsonl"),
                             "--images", str(world / "images"), "--metric", "hallucination", "--sample", "2",
-                            "--out", str(tmp_path / "out"), "--max_new_tokens", "3"])  # fmt: skip
+                            "--out", str(tmp_path / "out"), "--max_new_tokens", "3"])
     assert scores["small"]["response_rate"] == 0  # nothing but red can be named
     assert (tmp_path / "out" / "sample.png").stat().st_size > 5000

@@ -29,11 +29,11 @@ SHARED = {
     "images": ".", "max_steps": 0, "seed": 0, "dtype": "auto", "micro_batch": 4, "workers": 4,
     "gradient_checkpointing": False, "skip_bad": 0, "save_every": 1000, "keep": 2, "resume": None,
     "max_bad_steps": 0, "shard": "none",
-}  # fmt: skip
+}
 KD = {  # §4.1
     "alpha": 1.0, "beta": 1.0, "gamma": 0.5, "relation": "matrix", "targets": ["response", "visual"],
     "delta": 1.0, "teacher_dtype": "auto",
-}  # fmt: skip
+}
 CKD = KD | {"gamma": 1.0, "relation": "columns"}  # §4.1 and Eq. (6)
 NEW = {"vision": None, "llm": None, "student": None, "template": "teacher"}
 PRETRAIN = {"lr": 1e-3, "global_batch": 256}  # KD §4.1: 32 on each of 8 GPUs; CKD §4.1
@@ -42,7 +42,7 @@ MOD = {  # Eqs. (6) and (7), §4.1, released code
     "teacher": None, "teacher_dtype": "auto", "distill": "response", "kl": 1.0, "ar": 0.0, "experts": 4,
     "top_k": 2, "moe_layers": "every_other", "renormalise": True, "router": "topk", "balance": 0.01,
     "po": "kto", "beta": 0.1,
-}  # fmt: skip
+}
 DEFAULTS = {
     "dpt": SHARED | NEW | KD | PRETRAIN | {"teacher": None, "caption_only": True},
     "sft": SHARED | FINETUNE,
@@ -109,7 +109,7 @@ def start(tmp_path_factory, world, checkpoints):
     samples = [s for s in json.loads((world / "train.json").read_text()) if "image" in s]
     pairs = [{"image": s["image"], "chosen": s["conversations"][:2],
               "rejected": [s["conversations"][0], {"from": "gpt", "value": "top left"}]}
-             for s in samples[:8]]  # fmt: skip
+             for s in samples[:8]]
     (root / "pairs.json").write_text(json.dumps(pairs))
 
     def run(stage, *words, **flags):
@@ -146,7 +146,7 @@ def test_a_run_with_every_number_changed(start, stage):
     size = 4 if stage == "pd" else 8
     flags = flags | ({} if stage == "sft" else {"teacher_dtype": "bf16"})
     run = start(stage, *words, lr=0.02, warmup=0.5, weight_decay=0.3, max_grad_norm=0.05, epochs=3,
-                max_steps=5, global_batch=size, micro_batch=size // 2, **flags)  # fmt: skip
+                max_steps=5, global_batch=size, micro_batch=size // 2, **flags)
     assert len(run.log) == 5  # an epoch has three batches, of pairs two
     assert {len(ids) for ids in run.ids} == {4}  # a pair is two rows
     assert set(run.attention) == {torch.float32}
@@ -176,7 +176,7 @@ def test_the_same_batch_twice_gives_the_same_gradient(start, stage):
     """At a rate of 0: no gradient is left over from the step before. In bf16 and with checkpointing."""
     size = 8 if stage == "pd" else 24
     run = start(stage, "--gradient_checkpointing", lr=0, epochs=2, global_batch=size, micro_batch=size,
-                dtype="bf16", max_grad_norm=1e6)  # fmt: skip
+                dtype="bf16", max_grad_norm=1e6)
     a, b = run.log
     assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.05)
     assert a["grad_norm"] > 0.01
@@ -202,7 +202,7 @@ def test_what_the_student_is_shown(start, tokenizer):
     pairs = {"lr": 0, "global_batch": 2, "micro_batch": 2}
     plain, grouped = start("sft", **pairs), start("sft", "--group_by_modality", max_len=30, **pairs)
     assert max(ids.shape[1] for ids in grouped.ids) == 30 < max(ids.shape[1] for ids in plain.ids)
-    mixed = lambda run: sum(len(set((ids == 372).any(1).tolist())) == 2 for ids in run.ids)  # noqa: E731
+    mixed = lambda run: sum(len(set((ids == 372).any(1).tolist())) == 2 for ids in run.ids)
     assert mixed(plain) > 2  # of 12
     assert mixed(grouped) <= 1  # of what is left over
     assert plain.ids[0].tolist() != start("sft", seed=4, max_steps=1, **pairs).ids[0].tolist()
@@ -236,7 +236,7 @@ def cascade(monkeypatch, parts, checkpoints, tmp_path):
         with monkeypatch.context() as patch:
             for name, stage in ("dpt", dpt), ("sft", sft), ("dft", dft):
                 patch.setattr(stage, "main", lambda argv, name=name, stage=stage: calls.append(
-                    {"stage": name} | vars(stage.parse_args(argv))))  # fmt: skip
+                    {"stage": name} | vars(stage.parse_args(argv))))
             ckd.main([*to_argv(teachers=teachers, **data, **new, **flags), *words])
         return calls
 
@@ -247,7 +247,7 @@ def rounds(cascade, rows, kd, pretrain, finetune, every):
     """What is expected of the stages: rows are (folder, teacher, start of the student)."""
     calls = []
     for name, teacher, start in rows:
-        out = lambda stage, name=name: f"{cascade.out}/{name}/{stage}"  # noqa: E731
+        out = lambda stage, name=name: f"{cascade.out}/{name}/{stage}"
         pre, fine = {"data": "p.json"} | pretrain, {"data": "f.json"} | finetune
         calls += [
             DEFAULTS["dpt"] | kd | start | {"stage": "dpt", "teacher": teacher} | pre,
@@ -261,7 +261,7 @@ def rounds(cascade, rows, kd, pretrain, finetune, every):
 def test_the_cascade_by_default(cascade):
     small, middle, large = cascade.teachers
     rows = [("1-small", small, cascade.new), ("2-middle", middle, {"student": f"{cascade.out}/1-small/dft"}),
-            ("3-large", large, {"student": f"{cascade.out}/2-middle/dft"})]  # fmt: skip
+            ("3-large", large, {"student": f"{cascade.out}/2-middle/dft"})]
     assert cascade.called() == rounds(cascade, rows, CKD, PRETRAIN, FINETUNE, {})
 
 
@@ -270,7 +270,7 @@ def test_top_down_with_every_flag_changed(cascade, parts, assistants):
     """The strongest teaches the one below it, and so on down to the student."""
     kd = OF_KD | {"relation": "matrix", "targets": ["response", "prompt"], "teacher_dtype": "fp32"}
     flags = kd | {"strategy": "top-down", "caption_only": False, "pretrain_lr": 0.1, "finetune_lr": 0.2,
-                  "pretrain_batch": 12, "finetune_batch": 6}  # fmt: skip
+                  "pretrain_batch": 12, "finetune_batch": 6}
     every = {"warmup": 0.1, "weight_decay": 0.2, "max_len": 100, "seed": 7, "micro_batch": 3, "images": "i"}
     small, middle, large = cascade.teachers
     starts = [{"student": middle}, {"student": small}]
@@ -278,7 +278,7 @@ def test_top_down_with_every_flag_changed(cascade, parts, assistants):
         flags["assistant_llms"] = [parts["small"], parts["large"]]  # of the weakest first, as the teachers
         starts = [{"vision": parts["vision"], "llm": parts[name]} for name in ("large", "small")]
     rows = [("1-middle", large, starts[0]), ("2-small", f"{cascade.out}/1-middle/dft", starts[1]),
-            ("3-student", f"{cascade.out}/2-small/dft", cascade.new)]  # fmt: skip
+            ("3-student", f"{cascade.out}/2-small/dft", cascade.new)]
     pretrain, finetune = {"lr": 0.1, "global_batch": 12}, {"lr": 0.2, "global_batch": 6}
     want = rounds(cascade, rows, kd, pretrain | {"caption_only": False}, finetune, every)
     assert cascade.called(*to_argv(**every), **flags) == want

@@ -14,7 +14,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 TEXTS = ["", " ", "\0", "\ud800", "a" * 70_000, "é漢字🙂\u202e", "<image>", "<|endoftext|>", "ASSISTANT:",
-         "{{ 7*7 }}", "{% generation %}", "\\u0000", "\n\n", "x\u0301" * 50]  # fmt: skip
+         "{{ 7*7 }}", "{% generation %}", "\\u0000", "\n\n", "x\u0301" * 50]
 VALUES = [None, 0, -1, 1e308, True, [], {}, "text", [[]], {"from": "gpt"}, float("nan")]
 
 
@@ -24,7 +24,7 @@ def pictures(root: Path) -> list[str]:
     plain = Image.frombytes("RGB", (9, 7), bytes(range(189)))
     for name, image in {"cmyk.jpg": plain.convert("CMYK"), "palette.png": plain.convert("P"), "ok.png": plain,
                         "gray16.png": Image.new("I;16", (5, 5), 40_000), "alpha.png": plain.convert("RGBA"),
-                        "bit.png": plain.convert("1"), "one.png": plain.resize((1, 1))}.items():  # fmt: skip
+                        "bit.png": plain.convert("1"), "one.png": plain.resize((1, 1))}.items():
         image.save(root / name)
     plain.save(root / "animated.gif", save_all=True, append_images=[plain.rotate(90)] * 2)
     exif = Image.Exif()
@@ -90,7 +90,7 @@ def fuzz_samples(n: int, root: Path, seed: int) -> str:
     tokenizer.chat_template = CHAT_TEMPLATE
     image_processor = SiglipImageProcessorPil(size={"height": 16, "width": 16})
     processor = LlavaProcessor(image_processor, tokenizer, patch_size=8, chat_template=CHAT_TEMPLATE,
-                               vision_feature_select_strategy="full")  # fmt: skip
+                               vision_feature_select_strategy="full")
     rng, seen = random.Random(seed), Counter()
     names = pictures(root / "images")
     turns = [{"from": "human", "value": "<image>\nhow many ?"}, {"from": "gpt", "value": "two"}]

@@ -45,7 +45,7 @@ def read(record: dict):
                                          {"from": "GPT", "value": "a dog"}]},
     {"image": "a.png", "conversations": [{"from": "user", "value": "<image>what is it ?"},
                                          {"from": "assistant", "value": "a dog"}]},
-])  # fmt: skip
+])
 def test_one_sample_in_the_forms_of_many_tools(record):
     assert read(record) == read({"image": "a.png", "conversations": MARKED})
 
@@ -80,7 +80,7 @@ def test_an_index_of_another_image_folder_is_not_used(world, checkpoints, tmp_pa
     sample = {"image": str(world / "images/0.png"), "conversations": MARKED}
     (tmp_path / "d.json").write_text(json.dumps([sample, {"conversations": TALK}]))
     wrong, right = (open_data(tmp_path / "d.json", root, processor, skip_bad=1)
-                    for root in (tmp_path, world / "images"))  # fmt: skip
+                    for root in (tmp_path, world / "images"))
     assert (len(wrong), len(wrong.bad)) == (1, 1)
     assert (len(right), len(right.bad)) == (2, 0)
 
@@ -120,7 +120,7 @@ def test_pairs_that_are_the_same_within_max_len_are_left_out(checkpoints, tmp_pa
     processor = AutoProcessor.from_pretrained(checkpoints["small"])
     long = "red circle top left and blue cross top right "
     pairs = [{"question": "describe", "chosen": long + a, "rejected": long + b}
-             for a, b in (("one", "two"), ("left", "right"))]  # fmt: skip
+             for a, b in (("one", "two"), ("left", "right"))]
     pairs[1] |= {"chosen": "left " + long, "rejected": "right " + long}
     (tmp_path / "d.json").write_text(json.dumps(pairs))
     whole = open_data(tmp_path / "d.json", tmp_path, processor, pairs=True)
@@ -295,13 +295,13 @@ def test_an_image_token_of_another_id_is_refused(checkpoints, tmp_path):
 
 
 SMALL = {"vocab_size": 448, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-         "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+         "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 @pytest.mark.parametrize("config", [
     PhiConfig(**SMALL | {"num_key_value_heads": 2}),
     Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=0.5),
-])  # fmt: skip
+])
 def test_a_head_that_is_more_than_a_matrix_is_refused(config, parts, tokenizer, tmp_path):
     """A bias, or a cap on the logits: log-probabilities would be others than the model's own."""
     from conftest import new_student

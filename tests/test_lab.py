@@ -21,13 +21,13 @@ PROJECTOR = 64 * 32 + 32 + 32 * 32 + 32
 
 def vision_config(side: int) -> hf.SiglipVisionConfig:
     return hf.SiglipVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, image_size=side,
-                                 num_attention_heads=2, patch_size=14, vision_use_head=False)  # fmt: skip
+                                 num_attention_heads=2, patch_size=14, vision_use_head=False)
 
 
 def text_config(width: int, ffn: int, depth: int, heads: int, vocab: int, tied=False) -> hf.Qwen2Config:
     return hf.Qwen2Config(hidden_size=width, intermediate_size=ffn, num_hidden_layers=depth, vocab_size=vocab,
                           num_attention_heads=heads, num_key_value_heads=heads, tie_word_embeddings=tied,
-                          bos_token_id=None, eos_token_id=371, pad_token_id=371)  # fmt: skip
+                          bos_token_id=None, eos_token_id=371, pad_token_id=371)
 
 
 @pytest.fixture(scope="module")

@@ -115,7 +115,7 @@ def test_tokens_are_coloured_by_the_rows_that_predict_the_next_one(seen):
         ("prompt", r"\nhow many circle ? ASSISTANT"), ("response", ": two"),
         ("prompt", "<|endoftext|>USER: why ? ASSISTANT"), ("response", r": it's\nso"),
         ("nothing", "<|endoftext|>"),
-    ]]  # fmt: skip
+    ]]
     _, printed = seen(long, "--show", "1", "--caption_only")
     visual = [
         ("visual", f"<image> x {NP - 1}"),

@@ -32,7 +32,7 @@ def kl_of(stage, world, out, student, teacher) -> float:
     """The KL of the answers in one step on all samples at once."""
     script, words, term = STAGES[stage]
     script.main(["--student", str(student), "--teacher", str(teacher), *words,
-                 *data_flags(world, out=out, global_batch=24, micro_batch=24)])  # fmt: skip
+                 *data_flags(world, out=out, global_batch=24, micro_batch=24)])
     (line,) = log_of(out)
     return line[term]
 
@@ -47,7 +47,7 @@ def kl_by_hand(world, student, teacher) -> float:
         pixels = Llava.from_checkpoint(str(path)).normalise(batch.pixel_values)
         with torch.no_grad():
             logits = stock(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
-                           pixel_values=pixels).logits  # fmt: skip
+                           pixel_values=pixels).logits
         log_p.append(logits[batch.response][:, :448].double().log_softmax(-1))
     log_s, log_t = log_p
     return (log_t.exp() * (log_t - log_s)).sum(-1).mean().item()
@@ -106,7 +106,7 @@ def test_a_photograph_is_turned_as_its_exif_says(checkpoints, tmp_path):
     exif[0x0112] = 6  # held sideways: to be turned by 90 degrees clockwise
     picture.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "sideways.png", exif=exif)
     samples = [{"image": f"{name}.png", "conversations": turns("<image>", "red")} for name in
-               ("upright", "sideways")]  # fmt: skip
+               ("upright", "sideways")]
     (tmp_path / "d.json").write_text(json.dumps(samples))
     data = open_data(tmp_path / "d.json", tmp_path, AutoProcessor.from_pretrained(checkpoints["small"]))
     a, b = data.collate([data[0], data[1]]).pixel_values
@@ -149,7 +149,7 @@ def test_an_unreadable_pair_is_not_in_the_mean(world, checkpoints, tmp_path):
     flags = {"student": checkpoints["small"], "teacher": checkpoints["large"]}
     mod_distill.main(["--step", "d2s", *data_flags(world, out=sparse, max_steps=1, **flags)])
     pairs = [{"image": f"{k}.png", "chosen": turns("<image>", "red"),
-              "rejected": turns("<image>", "green " * (1 + k % 3))} for k in (0, 4, 8, 12, 16)]  # fmt: skip
+              "rejected": turns("<image>", "green " * (1 + k % 3))} for k in (0, 4, 8, 12, 16)]
     lines = []
     for k, kept in enumerate((pairs, pairs[:2] + pairs[3:])):
         (tmp_path / f"{k}.json").write_text(json.dumps(kept))
@@ -171,11 +171,11 @@ def test_the_suffix_is_a_part_of_every_question(world, checkpoints, tmp_path):
     answers = []
     for k, (end, suffix) in enumerate((("", ""), ("", r"\nyes or no ?"), ("\nyes or no ?", ""))):
         lines = [{"text": f"{text}{end}", "image": f"{i}.png", "label": "?"}
-                 for i, text in ((0, "is there a red circle ?"), (4, "how many objects"))]  # fmt: skip
+                 for i, text in ((0, "is there a red circle ?"), (4, "how many objects"))]
         (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
         evaluate.main(["--model", checkpoints["small"], "--questions", str(tmp_path / "q.jsonl"), "--images",
                        str(world / "images"), "--suffix", suffix, "--max_new_tokens", "8", "--out",
-                       str(tmp_path / str(k))])  # fmt: skip
+                       str(tmp_path / str(k))])
         answers.append([json.loads(line)["text"] for line in open(tmp_path / str(k) / "small.jsonl")])
     plain, by_flag, written = answers
     assert by_flag == written

@@ -65,7 +65,7 @@ def test_dpo_by_hand():
 
 
 def test_kto_by_hand():
-    sigma = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    sigma = lambda x: 1 / (1 + math.exp(-x))
     chosen, rejected = torch.tensor([1.0, -2.0]), torch.tensor([-1.0, 3.0])
     kl_c, kl_r = kl_baseline(chosen.mean()), kl_baseline(rejected.mean())
     assert (kl_c.item(), kl_r.item()) == (0, 1)  # a mean of -0.5 is no divergence
@@ -76,8 +76,8 @@ def test_kto_by_hand():
 def test_the_kto_baseline_has_no_gradient():
     x = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
     kto_loss(x[:1], x[1:], kl_baseline(x[0]), kl_baseline(x[1]), 0.3).backward()
-    s = lambda v: 1 / (1 + math.exp(-v))  # noqa: E731
-    slope = lambda v: 0.3 * s(v) * (1 - s(v)) / 2  # noqa: E731
+    s = lambda v: 1 / (1 + math.exp(-v))
+    slope = lambda v: 0.3 * s(v) * (1 - s(v)) / 2
     assert x.grad.tolist() == pytest.approx([-slope(0.3 * (0.5 - 2)), slope(0.3 * (0.5 - 2))])
 
 
@@ -94,7 +94,7 @@ def test_log_probabilities_of_answers(chunk, monkeypatch):
     plain = ((h @ w.T).log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1) * rows).sum(1)
     ours = mod_distill.log_p(SimpleNamespace(response=rows, targets=y), (h, w))
     assert torch.allclose(plain, ours, atol=1e-12)
-    loss = lambda x: (x.square() * torch.tensor([1, 3])).sum()  # noqa: E731
+    loss = lambda x: (x.square() * torch.tensor([1, 3])).sum()
     for a, b in zip(torch.autograd.grad(loss(plain), (h, w)), torch.autograd.grad(loss(ours), (h, w))):
         assert torch.allclose(a, b, atol=1e-10)
 
@@ -126,7 +126,7 @@ def test_at_step_0_the_sparse_student_is_the_dense_one(checkpoints, shape):
         assert (got - want)[mask.bool()].abs().max() < 1e-5
     sparse = [hasattr(layer.mlp, "experts") for layer in dense.language_model.layers]
     assert sparse == {"every_other": [True, False], "all": [True, True], "first_half": [True, False],
-                      "1": [False, True], "0,1": [True, True]}[shape[2]]  # fmt: skip
+                      "1": [False, True], "0,1": [True, True]}[shape[2]]
 
 
 def test_as_printed_the_kept_weights_do_not_sum_to_one(checkpoints):
@@ -214,7 +214,7 @@ def pairs(tmp_path_factory, world):
     for k, s in enumerate(s for s in samples if "image" in s and len(s["conversations"]) == 2):
         question, good = (turn["value"] for turn in s["conversations"])
         records.append({"id": k, "image": s["image"], "chosen": turns(question, good),
-                        "rejected": turns(question, good + " green cross" * (1 + k % 2))})  # fmt: skip
+                        "rejected": turns(question, good + " green cross" * (1 + k % 2))})
     path = tmp_path_factory.mktemp("pairs") / "pairs.json"
     path.write_text(json.dumps(records[:8]))
     return path
@@ -228,7 +228,7 @@ def chain(tmp_path_factory, world, checkpoints, pairs):
     for step, student in ("d2d", checkpoints["small"]), ("d2s", root / "d2d"), ("pd", root / "d2s"):
         more = {"data": pairs, "epochs": 2} if step == "pd" else {}
         mod_distill.main(["--step", step, "--student", str(student), *teacher,
-                          *data_flags(world, out=root / step, **more)])  # fmt: skip
+                          *data_flags(world, out=root / step, **more)])
     return root
 
 
@@ -271,7 +271,7 @@ def test_experts_diverge(chain):
 def test_a_sparse_checkpoint_is_a_stock_one(chain, world, step):
     stock, report = LlavaForConditionalGeneration.from_pretrained(chain / step, output_loading_info=True)
     shared = {f"model.language_model.layers.0.mlp.shared_expert.{part}_proj.weight"
-              for part in ("gate", "up", "down")}  # fmt: skip  # of width 0: they are not in the file
+              for part in ("gate", "up", "down")}  # of width 0: they are not in the file
     assert set(report.pop("missing_keys")) == shared
     assert not any(report.values()), report
     assert type(stock.model.language_model).__name__ == "Qwen2MoeModel"
@@ -283,7 +283,7 @@ def test_a_sparse_checkpoint_is_a_stock_one(chain, world, step):
         assert (got - want)[mask.bool()].abs().max() < 1e-4
         prompt = ids[:1, : NP + 4]
         text = stock.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6,
-                              pixel_values=pixels[:1], do_sample=False, eos_token_id=None)[0]  # fmt: skip
+                              pixel_values=pixels[:1], do_sample=False, eos_token_id=None)[0]
         greedy = prompt
         for _ in range(6):
             h = mine(greedy, mine.encode_images(pixels[:1]))
@@ -312,7 +312,7 @@ def test_preference_losses_of_the_first_batch(chain, world, checkpoints, pairs, 
     """Step 0, worked out again with stock models, one answer at a time, sharing no code with the losses."""
     mod_distill.main(["--step", "pd", "--po", po, "--beta", "0.3", "--student", str(chain / "d2s"),
                       "--teacher", checkpoints["large"], "--balance", "0",
-                      *data_flags(world, out=tmp_path / po, data=pairs, lr=0, max_steps=1)])  # fmt: skip
+                      *data_flags(world, out=tmp_path / po, data=pairs, lr=0, max_steps=1)])
     (line,) = log_of(tmp_path / po)
     models = [
         LlavaForConditionalGeneration.from_pretrained(p).eval() for p in (chain / "d2s", checkpoints["large"])
@@ -337,7 +337,7 @@ def test_preference_losses_of_the_first_batch(chain, world, checkpoints, pairs, 
                     log_p = model(**inputs).logits[0].double().log_softmax(-1)
                 sums.append(sum(log_p[k - 1, ids[k]].item() for k in range(given, len(ids))))
             ratio.append(sums[0] - sums[1])
-    sigma = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    sigma = lambda x: 1 / (1 + math.exp(-x))
     c, r, n = ratios["chosen"], ratios["rejected"], 8
     if po == "dpo":
         want = sum(-math.log(sigma(0.3 * (a - b))) for a, b in zip(c, r)) / n
@@ -361,11 +361,11 @@ def test_instructions_can_be_distilled_too(chain, world, checkpoints, tmp_path):
     """MoD Table 7; the mean is over both kinds of rows."""
     base = ["--step", "d2d", "--student", checkpoints["small"], "--teacher", checkpoints["large"]]
     mod_distill.main([*base, "--distill", "response+instruction",
-                      *data_flags(world, out=tmp_path / "both", max_steps=1)])  # fmt: skip
+                      *data_flags(world, out=tmp_path / "both", max_steps=1)])
     import dft
 
     dft.main(["--student", checkpoints["small"], "--teacher", checkpoints["large"], "--targets", "response",
-              "prompt", *data_flags(world, out=tmp_path / "kd", max_steps=1)])  # fmt: skip
+              "prompt", *data_flags(world, out=tmp_path / "kd", max_steps=1)])
     (both,), (kd,) = log_of(tmp_path / "both"), log_of(tmp_path / "kd")
     data, steps = first_steps(world, checkpoints["small"])
     batch = data.collate([data[i] for i in steps[0]])
@@ -392,7 +392,7 @@ def test_bf16_is_close_to_fp32(chain, world, checkpoints, pairs, tmp_path):
     for step, student, data in ("d2s", "d2d", world / "train.json"), ("pd", "d2s", pairs):
         argv = ["--step", step, "--student", str(chain / student), "--teacher", checkpoints["large"]]
         mod_distill.main([*argv, "--dtype", "bf16",
-                          *data_flags(world, out=tmp_path / step, data=data, max_steps=1)])  # fmt: skip
+                          *data_flags(world, out=tmp_path / step, data=data, max_steps=1)])
         a, b = log_of(chain / step)[0], log_of(tmp_path / step)[0]
         assert a["loss"] == pytest.approx(b["loss"], rel=0.03)
         assert a["loss"] != b["loss"]
@@ -416,7 +416,7 @@ def test_a_pair_shares_its_prompt_and_only_the_last_answer_counts(world, checkpo
 
 def bad_records():
     good = {"image": "0.png", "chosen": turns("<image>\na", "b"), "rejected": turns("<image>\na", "c")}
-    change = lambda **new: {**copy.deepcopy(good), **new}  # noqa: E731
+    change = lambda **new: {**copy.deepcopy(good), **new}
     yield {k: v for k, v in good.items() if k != "rejected"}, "no 'rejected' answer or conv"
     yield change(chosen=[]), "no 'chosen' answer or conv"
     yield change(rejected=good["chosen"]), "same answer"

@@ -23,7 +23,7 @@ from support.chat import CHAT_TEMPLATE
 from support.flags import InputError
 
 PROMPTS = ["USER: <image>\nis there a red circle ? ASSISTANT:", "USER: how many ? ASSISTANT:",
-           "USER: <image>\n<image>\nwhat color is the object top left ? ASSISTANT:"]  # fmt: skip
+           "USER: <image>\n<image>\nwhat color is the object top left ? ASSISTANT:"]
 
 
 def some_images(n: int) -> list[Image.Image]:
@@ -122,7 +122,7 @@ def test_the_last_layer_and_the_head_are_not_computed(checkpoints):
 
 def test_a_clip_tower_drops_its_class_token(tmp_path, parts):
     config = CLIPVisionConfig(image_size=16, patch_size=8, hidden_size=16, intermediate_size=32,
-                              num_hidden_layers=3, num_attention_heads=2)  # fmt: skip
+                              num_hidden_layers=3, num_attention_heads=2)
     CLIPVisionModel(config).save_pretrained(tmp_path / "clip")
     size = {"height": 16, "width": 16}
     CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=size).save_pretrained(tmp_path / "clip")
@@ -175,7 +175,7 @@ def test_a_checkpoint_without_some_weight_is_refused(tmp_path, parts, checkpoint
     """Rather than filled with random numbers."""
     for source, load in ((parts["small"], lambda p: new_student(parts["vision"], p)),
                          (parts["vision"], lambda p: new_student(p, parts["small"])),
-                         (checkpoints["small"], Llava.from_checkpoint)):  # fmt: skip
+                         (checkpoints["small"], Llava.from_checkpoint)):
         folder = tmp_path / Path(source).name
         shutil.copytree(source, folder, dirs_exist_ok=True)
         weights = load_file(folder / "model.safetensors")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import data_flags, log_of
 from safetensors.torch import load_file, save_file
-from test_mod import diverse, pairs  # noqa: F401
+from test_mod import diverse, pairs
 
 import mod_distill
 import moe
@@ -82,7 +82,7 @@ def sparse(tmp_path_factory, checkpoints):
     return str(tmp_path_factory.getbasetemp() / "sparse0/model")
 
 
-def broken(world, pairs, folder, which):  # noqa: F811
+def broken(world, pairs, folder, which):
     """The pairs' images in `folder`, those of the pairs `which` unreadable; and the records."""
     shutil.copytree(world / "images", folder)
     records = json.loads(pairs.read_text())
@@ -94,21 +94,21 @@ def broken(world, pairs, folder, which):  # noqa: F811
 
 
 @pytest.mark.parametrize("po", ["kto", "dpo"])
-def test_unreadable_pairs_are_not_in_the_mean(world, checkpoints, sparse, pairs, tmp_path, po):  # noqa: F811
+def test_unreadable_pairs_are_not_in_the_mean(world, checkpoints, sparse, pairs, tmp_path, po):
     records = broken(world, pairs, tmp_path / "images", [0])
     (tmp_path / "less.json").write_text(json.dumps(records[1:]))
     base = ["--step", "pd", "--po", po, "--student", sparse, "--teacher", checkpoints["large"]]
     lines = []
     for name, data, size in ("bad", pairs, 8), ("less", tmp_path / "less.json", 7):
         more = {"data": data, "images": tmp_path / "images", "global_batch": size, "micro_batch": size,
-                "balance": 0, "max_steps": 1, "skip_bad": 1}  # fmt: skip
+                "balance": 0, "max_steps": 1, "skip_bad": 1}
         mod_distill.main([*base, *data_flags(world, out=tmp_path / name, **more)])
         lines += log_of(tmp_path / name)
     for key in "loss", "l_po", "margin", "saturated", "ranked_right", "grad_norm":
         assert lines[0][key] == pytest.approx(lines[1][key], rel=1e-4), key
 
 
-def test_a_batch_without_a_readable_pair_is_a_loss_of_0(world, checkpoints, sparse, pairs, tmp_path):  # noqa: F811
+def test_a_batch_without_a_readable_pair_is_a_loss_of_0(world, checkpoints, sparse, pairs, tmp_path):
     broken(world, pairs, tmp_path / "images", range(8))
     for micro in 8, 4:
         more = {
@@ -119,7 +119,7 @@ def test_a_batch_without_a_readable_pair_is_a_loss_of_0(world, checkpoints, spar
             "micro_batch": micro,
         }
         mod_distill.main(["--step", "pd", "--student", sparse, "--teacher", checkpoints["large"],
-                          *data_flags(world, out=tmp_path / str(micro), **more)])  # fmt: skip
+                          *data_flags(world, out=tmp_path / str(micro), **more)])
         (line,) = log_of(tmp_path / str(micro))
         assert [line[key] for key in ("loss", "l_po", "margin", "ranked_right", "grad_norm")] == [0] * 5
 
@@ -129,7 +129,7 @@ def test_a_batch_without_a_readable_pair_is_a_loss_of_0(world, checkpoints, spar
 
 def names(sparse_layers: dict[int, int], tied: bool) -> set[str]:
     """The tensors of a checkpoint of the tests; sparse_layers: how many experts which layer has."""
-    both = lambda *stems: [f"{stem}.{kind}" for stem in stems for kind in ("weight", "bias")]  # noqa: E731
+    both = lambda *stems: [f"{stem}.{kind}" for stem in stems for kind in ("weight", "bias")]
     vision = both("embeddings.patch_embedding", "post_layernorm") + ["embeddings.position_embedding.weight"]
     for i in range(3):
         parts = [*(f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2"]
@@ -137,7 +137,7 @@ def names(sparse_layers: dict[int, int], tied: bool) -> set[str]:
     text, ffn = ["embed_tokens.weight", "norm.weight"], ("gate_proj", "up_proj", "down_proj")
     for i in range(2):
         own = [*both(*(f"self_attn.{p}_proj" for p in "qkv")), "self_attn.o_proj.weight",
-               "input_layernorm.weight", "post_attention_layernorm.weight"]  # fmt: skip
+               "input_layernorm.weight", "post_attention_layernorm.weight"]
         if i in sparse_layers:
             own += [f"mlp.experts.{e}.{p}.weight" for e in range(sparse_layers[i]) for p in ffn]
             own += ["mlp.gate.weight", "mlp.shared_expert_gate.weight"]

@@ -22,7 +22,7 @@ from model import Llava
 
 def test_through_every_stage_and_back_into_stock(parts, world, tmp_path):
     teacher = published(tmp_path / "teacher", parts, template=INTERLEAVE)
-    flags = lambda stage: data_flags(world, out=tmp_path / stage, max_steps=1, micro_batch=4)  # noqa: E731
+    flags = lambda stage: data_flags(world, out=tmp_path / stage, max_steps=1, micro_batch=4)
     new = ["--vision", parts["vision"], "--llm", parts["small"]]
     dpt.main([*new, "--teacher", teacher, *flags("dpt")])
     sft.main(["--student", str(tmp_path / "dpt"), *flags("sft")])

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, data_flags, launch, log_of
 from safetensors.torch import load_file
-from test_mod import pairs  # noqa: F401
+from test_mod import pairs
 from two_ranks import fp64
 
 import mod_distill
@@ -23,7 +23,7 @@ from support.ranks import name_of_attempt, process_group
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory, world, checkpoints, pairs):  # noqa: F811
+def two(tmp_path_factory, world, checkpoints, pairs):
     """One run of all cases on two ranks, and of the losses on one: the folder, and what rank 0 or 1 saw."""
     root = tmp_path_factory.mktemp("two")
     sft = data_flags(world, lr=0.005, epochs=9, max_steps=6)
@@ -31,7 +31,7 @@ def two(tmp_path_factory, world, checkpoints, pairs):  # noqa: F811
     for step, student in ("d2s", checkpoints["small"]), ("pd", root / "d2s-8"):
         more = {"data": pairs, "epochs": 2} if step == "pd" else {}
         argv[step] = ["--step", step, "--student", str(student), "--teacher", checkpoints["large"],
-                      *data_flags(world, **more)]  # fmt: skip
+                      *data_flags(world, **more)]
     with pytest.MonkeyPatch.context() as patch:
         fp64(patch)
         for step in "d2s", "pd":
@@ -96,7 +96,7 @@ def test_all_ranks_of_an_attempt_agree_on_its_name_whatever_the_dead_ones_left()
     """Two attempts on one store, begun one rank after the other; between them one that never was complete."""
     store, names = dist.HashStore(), ([], [])
     for attempt in names:
-        join = lambda rank, into=attempt: into.append(name_of_attempt(store, rank, 3))  # noqa: E731
+        join = lambda rank, into=attempt: into.append(name_of_attempt(store, rank, 3))
         alive = [threading.Thread(target=join, args=(rank,), daemon=True) for rank in (2, 0, 1)]
         for thread in alive:
             assert not attempt  # without all of them there is no attempt
@@ -133,7 +133,7 @@ def test_two_nodes_meet_again_after_one_has_lost_a_rank(tmp_path):
         s.bind(("127.0.0.1", 0))
         end = f"127.0.0.1:{s.getsockname()[1]}"
     options = {"nnodes": 2, "rdzv_backend": "c10d", "rdzv_endpoint": end, "rdzv_id": 1, "max_restarts": 2,
-               "monitor_interval": 0.2, "local_addr": "127.0.0.1"}  # fmt: skip
+               "monitor_interval": 0.2, "local_addr": "127.0.0.1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1"]
     command += [item for k, v in options.items() for item in (f"--{k}", str(v))]
     command += [str(tmp_path / "script.py"), str(tmp_path / "died")]

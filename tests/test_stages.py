@@ -54,7 +54,7 @@ def test_stages_on_two_ranks_equal_one_process(chain, world, parts, checkpoints,
     teacher = ["--teacher", checkpoints["large"]]
     launch("dpt.py", [*student, *teacher, *data_flags(world, out=tmp_path / "dpt", micro_batch=2)], ranks=2)
     launch("dft.py", ["--student", f"{chain}/sft", *teacher,
-                      *data_flags(world, out=tmp_path / "dft", micro_batch=1)], ranks=2)  # fmt: skip
+                      *data_flags(world, out=tmp_path / "dft", micro_batch=1)], ranks=2)
     for stage in "dpt", "dft":
         same_losses(log_of(chain / stage), log_of(tmp_path / stage))
     assert {p.name for p in (tmp_path / "dft").iterdir()} >= {"model.safetensors", "log.jsonl", "run.json"}
@@ -132,7 +132,7 @@ def test_the_losses_fall_and_are_all_logged(chain):
     assert [line["step"] for line in log] == [0, 1, 2]
     for line in log:
         assert line.keys() == {"step", "lr", "loss", "l_reg", "l_res", "l_vis", "l_rel", "l_prompt",
-                               "tokens_per_s", "grad_norm"}  # fmt: skip
+                               "tokens_per_s", "grad_norm"}
         assert line["l_prompt"] == 0  # not among the default targets
         total = line["l_reg"] + line["l_res"] + line["l_vis"] + 0.5 * line["l_rel"]
         assert line["loss"] == pytest.approx(total, rel=1e-6)
@@ -195,7 +195,7 @@ def test_every_ablation_is_one_command_line(chain, world, checkpoints, tmp_path)
          {"l_res": 1, "l_vis": 1, "l_prompt": 1}),
         (["--targets"], {"l_rel": 0.5}),
         (["--alpha", "0.25", "--beta", "2", "--gamma", "3"], {"l_res": 0.25, "l_vis": 2, "l_rel": 3}),
-    )):  # fmt: skip
+    )):
         dft.main([*base, *flags, *data_flags(world, out=tmp_path / str(k), max_steps=1)])
         (line,) = log_of(tmp_path / str(k))
         for name in parts:
@@ -279,7 +279,7 @@ def test_chunked_and_plain_give_the_same_training_curve_on_the_toy_world(tmp_pat
 
     write_world(tmp_path, n_train=60, n_test=1)
     data = {"data": f"{tmp_path}/finetune.json", "images": f"{tmp_path}/images", "workers": 0, "epochs": 2,
-            "global_batch": 16, "micro_batch": 8, "max_steps": 12}  # fmt: skip
+            "global_batch": 16, "micro_batch": 8, "max_steps": 12}
     for name in "small", "large":
         dpt.main(
             to_argv(vision=f"{BASE}/siglip", llm=f"{BASE}/qwen-{name}", out=f"{tmp_path}/{name}", **data)
@@ -292,7 +292,7 @@ def test_chunked_and_plain_give_the_same_training_curve_on_the_toy_world(tmp_pat
             else:
                 patch.setattr(chunks, "CHUNK", 50 * 512)  # 50 rows
             dft.main(to_argv(student=f"{tmp_path}/small", teacher=f"{tmp_path}/large", lr=2e-3,
-                                  out=f"{tmp_path}/{name}", **data))  # fmt: skip
+                                  out=f"{tmp_path}/{name}", **data))
         keys = ("loss", "l_reg", "l_res", "l_vis", "l_rel")
         curves.append([[line[k] for k in keys] for line in log_of(tmp_path / name)])
     plain, chunked = curves

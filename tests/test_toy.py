@@ -85,7 +85,7 @@ def test_pope_asks_for_what_is_not_there_in_three_ways(small):
 
 def test_what_is_scored_was_not_trained_on_and_rates_are_chosen_on_other_scenes(small):
     images = {name: {q["image"] for q in read(small / name)}
-              for name in ("pretrain.json", "questions.jsonl", "val.jsonl", "describe.jsonl")}  # fmt: skip
+              for name in ("pretrain.json", "questions.jsonl", "val.jsonl", "describe.jsonl")}
     assert not images["pretrain.json"] & (images["questions.jsonl"] | images["val.jsonl"])
     assert not images["val.jsonl"] & images["questions.jsonl"]
     assert images["describe.jsonl"] < images["questions.jsonl"]
@@ -246,7 +246,7 @@ def test_a_cascade_has_the_stages_of_ckd(lab, strategy):
     teachers = {name: str(lab.teacher(name)[-1]) for name in ("assistant", "teacher")}
     down = strategy == "top-down"
     argv = ["--teachers", *teachers.values(), "--strategy", strategy, "--vision", "v", "--llm", "small",
-            "--out", "o", "--pretrain_data", "p", "--finetune_data", "f"]  # fmt: skip
+            "--out", "o", "--pretrain_data", "p", "--finetune_data", "f"]
     argv += ["--assistant_llms", "middle"] if down else []
     wanted = [(stage.__name__, stage.parse_args(flags)) for stage, flags in ckd.plan(*ckd.parse_args(argv))]
     if down:
@@ -300,7 +300,7 @@ def test_a_verdict_comes_from_the_interval_alone():
 def test_differences_are_paired_by_seed_and_lies_count_the_other_way():
     def row(method: str, seed: int, accuracy: float, lies: float) -> dict:
         return {"method": method, "seed": seed, "scenes": 400, "accuracy": accuracy, "response_rate": lies,
-                "by_category": {"unseen": accuracy}}  # fmt: skip
+                "by_category": {"unseen": accuracy}}
 
     rows = [row("PD", 0, 60, 20), row("PD", 1, 70, 10), row("mimic", 1, 65, 30), row("mimic", 0, 50, 24)]
     claims = [("PD", "mimic", *name) for name in ([], ["unseen"], ["response_rate"])]
@@ -346,13 +346,13 @@ def test_a_table_is_filled_once_and_gone_on_with(tmp_path, monkeypatch, capsys):
     toy.main(command)
     report = read(tmp_path / "report.json")["rows"]
     assert [(r["method"], r["seed"]) for r in report] == [
-        ("dense", 0), ("sparse", 0), ("dense", 1), ("sparse", 1), ("Teacher", 0)]  # fmt: skip
+        ("dense", 0), ("sparse", 0), ("dense", 1), ("sparse", 1), ("Teacher", 0)]
     dense, sparse = report[:2]
     assert dense["steps"] == 6 and sparse["steps"] == 9 and sparse["stages"][:2] == dense["stages"]
     for row in report:
         questions = read(tmp_path / "world/questions.jsonl")
         said = read(tmp_path / "answers/questions" / Path(row["stages"][-1]).relative_to(tmp_path)
-                    / f"{Path(row['stages'][-1]).name}.jsonl")  # fmt: skip
+                    / f"{Path(row['stages'][-1]).name}.jsonl")
         right = [a["text"] == q["label"] for q, a in zip(questions, said) if q["category"] in world.SKILLS]
         assert row["accuracy"] == pytest.approx(100 * statistics.fmean(right))
         assert 0 <= row["recall"] <= 100 and row["seconds"] > 0

@@ -58,7 +58,7 @@ def gradients(root, argv, **_) -> list:
 
     def looks(*args):
         kept = {p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes()
-                for p in trained if p.grad is not None}  # fmt: skip
+                for p in trained if p.grad is not None}
         seen.append([sorted(kept), sum(kept.values())])
         return inner(*args)
 
@@ -123,7 +123,7 @@ def shard(root, argv, **_) -> list:
                     crash.setattr(sft, "write_log", dies)
                     sft.main([*flags, name.split()[0]])
             sft.main([*flags, name.split()[1]])
-    size = lambda o: sum(m.nbytes for s in o.state.values() for m in (s or {}).values() if m.dim())  # noqa: E731
+    size = lambda o: sum(m.nbytes for s in o.state.values() for m in (s or {}).values() if m.dim())
     return [size(held["none none"]), size(held["optimizer optimizer"].optim), size(held["none optimizer"])]
 
 
