@@ -1,4 +1,4 @@
-"""LLaVA-CKD: one student, a cascade of teachers (§3.1). A loop that calls dpt.py, sft.py and dft.py.
+"""LLaVA-CKD: one student, a cascade of teachers (§3.1, arXiv 2605.10641). A loop over dpt.py, sft.py, dft.py.
 
 Bottom-up: the student is distilled by the weakest teacher, then by the next, and so on; each time through
 all of LLaVA-KD, DPT -> SFT -> DFT (§3.3, Eqs. 4-8), starting from the student that came before.
@@ -11,7 +11,6 @@ Every other flag (--micro_batch, --seed, ...) goes to all stages as it is: see d
 """
 
 import argparse
-import os
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -19,7 +18,9 @@ import dft
 import dpt
 import sft
 from model import Llava
-from support.flags import InputError, add_flags, add_kd_flags, add_student_flags, cli, new_parser, to_argv
+from support.checkpoints import check_teacher
+from support.flags import REQUIRED, InputError, add_flags, add_kd_flags, add_student_flags, cli
+from support.flags import new_parser, require, to_argv
 from support.ranks import process_group
 
 
@@ -27,20 +28,20 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     parser = new_parser(__doc__)
     add_student_flags(parser, llm="Qwen2.5-0.5B")
     add_flags(parser, "cascade", [
-        ("--teachers", [str], ..., "LLaVA checkpoints, hub names or folders, the weakest first"),
+        ("--teachers", [str], REQUIRED, "LLaVA checkpoints, hub names or folders, the weakest first"),
         ("--strategy", ("bottom-up", "top-down"), "bottom-up", "who learns from whom; CKD Table 3"),
         ("--assistant_llms", [str], None, "top-down: LLMs of new assistants; else teachers are trained on"),
     ])
-    add_kd_flags(parser, gamma=1.0, relation="columns", source="CKD §4.1")
+    add_kd_flags(parser, alpha=1.0, beta=1.0, gamma=1.0, relation="columns", source="CKD §4.1")
     add_flags(parser, "training", [
-        ("--pretrain_data", str, ..., "image-caption pairs of DPT"),
-        ("--finetune_data", str, ..., "instructions of SFT and DFT"),
+        ("--pretrain_data", str, REQUIRED, "image-caption pairs of DPT"),
+        ("--finetune_data", str, REQUIRED, "instructions of SFT and DFT"),
         ("--caption_only", bool, True, "DPT on image and answer, without the question; as LLaVA-1.5"),
         ("--pretrain_lr", float, 1e-3, "peak learning rate of DPT; CKD §4.1"),
         ("--pretrain_batch", int, 256, "samples per step of DPT; CKD §4.1"),
         ("--finetune_lr", float, 2e-5, "peak learning rate of SFT and DFT; CKD §4.1"),
         ("--finetune_batch", int, 128, "samples per step of SFT and DFT; CKD §4.1"),
-        ("--out", str, ..., "folder for a folder per teacher with dpt, sft and dft in it"),
+        ("--out", str, REQUIRED, "folder for a folder per teacher with dpt, sft and dft in it"),
     ])
     args, shared = parser.parse_known_args(argv)
     n = len(args.teachers) - 1 if args.strategy == "top-down" and args.vision else 0
@@ -51,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
 
 def plan(args: argparse.Namespace, shared: list[str]) -> Iterator[tuple[ModuleType, list[str]]]:
     """The whole cascade in order: each stage and its command line."""
-    names = [os.path.basename(os.path.normpath(teacher)) for teacher in args.teachers]
+    names = [teacher.rstrip("/").split("/")[-1] for teacher in args.teachers]
     student = {key: vars(args)[key] for key in ("vision", "llm", "student", "template")}
     starts, teachers = [student] + [None] * (len(names) - 1), args.teachers  # None: the last round's student
     if args.strategy == "top-down":
@@ -79,11 +80,10 @@ def check_teachers(args: argparse.Namespace) -> None:
     student, problems = dpt.new_student(argparse.Namespace(**vars(args), teacher=args.teachers[0])), []
     for path in args.teachers:
         try:
-            student.check_teacher(Llava.from_checkpoint(path, weights=False))
+            check_teacher(student, Llava.from_checkpoint(path, weights=False))
         except InputError as error:
             problems.append(f"{path}: {error}")
-    if problems:
-        raise InputError("; ".join(problems))
+    require(not problems, "; ".join(problems))
 
 
 def main(argv: list[str] | None = None) -> None:

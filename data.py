@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import random
-import runpy
+import sys
 from argparse import Namespace
 from collections import namedtuple
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ from support.run import Run
 
 
 class Encoder:
-    """Messages -> token ids and targets, images as many tokens as they become."""
+    """Messages -> token ids and what is learned, images as many tokens as they become."""
 
     def __init__(self, student: Llava, max_len: int, caption_only: bool = False):
         self.chat, self.n_visual = student.chat, student.n_visual_tokens
@@ -36,19 +36,20 @@ class Encoder:
         self.max_len, self.caption_only = max_len, caption_only
 
     def __call__(self, messages: list[dict], last_only: bool = False) -> tuple[list[int], list[int]]:
-        """(token ids, targets), at most `max_len`, as `Chat.encode` has them. A conversation that is too long
-        is cut, but never inside an image.
+        """(token ids, y), at most `max_len`, as `Chat.encode` has them. A conversation that is too long is
+        cut, but never inside an image.
         """
         pieces = self.chat.caption(messages) if self.caption_only else self.chat.encode(messages, last_only)
-        ids, targets = [], []
-        for token, target in zip(*pieces):
+        ids, y = [], []
+        for token, learned in zip(*pieces):
             width = self.n_visual if token == self.image_id else 1
             if len(ids) + width > self.max_len:
-                targets[-1:] = [IGNORE] * len(targets[-1:])  # its token did not fit
+                if y:
+                    y[-1] = IGNORE  # its token did not fit
                 break
             ids += [token] * width
-            targets += [IGNORE] * (width - 1) + [target]
-        return ids, targets
+            y += [IGNORE] * (width - 1) + [learned]
+        return ids, y
 
 
 class Batch(NamedTuple):
@@ -56,7 +57,7 @@ class Batch(NamedTuple):
 
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T) 1 where there is a token
-    targets: Tensor  # (B, T) the next token where it is learned, else IGNORE
+    y: Tensor  # (B, T) the next token where it is learned, else IGNORE
     response: Tensor  # (B, T) True where it is: the rows of Eqs. (1) and (2)
     visual: Tensor  # (B, T) True at image tokens: the rows of Eqs. (3)-(5)
     prompt: Tensor  # (B, T) True at text whose next token is text that is not learned
@@ -70,6 +71,9 @@ class Batch(NamedTuple):
 
 
 Counts = namedtuple("Counts", "response visual prompt images tokens bad")
+# What `LlavaData.measure` says of a sample: images and bytes of text; images, turns and bytes before what is
+# learned; whether its images have no markers.
+Sizes = namedtuple("Sizes", "images text images_before turns_before text_before unmarked")
 
 
 def count_rows(micros: list[Batch], ranks: Ranks) -> Counts:
@@ -96,46 +100,55 @@ class LlavaData(Dataset):
         self.check = check_pair if pairs else check_sample
         checks = f"images in {os.path.abspath(args.images)}"  # absolute paths are inside of it, or not
         checks += "" if args.skip_bad else f" at {os.path.realpath(args.images)}"
-        self.index = Index(args.data, f"{self.check.__name__} {checks}", 6, self.measure, args.skip_bad > 0)
+        checks, width = f"{self.check.__name__} {checks}", len(Sizes._fields)
+        self.index = Index(args.data, checks, width, self.measure, args.skip_bad > 0)
         self.bad, n = self.index.bad, len(self.index.bad) + len(self.index.sizes)
         advice = f"{len(self.bad)} of {n} samples are bad, more than --skip_bad {args.skip_bad} allows"
         require(len(self.bad) <= args.skip_bad, f"{''.join(self.bad[:1])}; {advice}")
-        n_images, n_bytes, images, turns, text, unmarked = self.index.sizes.unbind(1)
-        # A token has at least one byte, and what the template adds to a turn is shorter than all of PROBE.
-        extra = len(student.chat.encode(PROBE)[0])
-        fixed = 2 if encoder.caption_only else extra * (turns + 1) + text
-        fits = images * (encoder.n_visual + 2) + fixed < encoder.max_len  # for certain; of others we look
-        if pairs:  # to the end of both answers, since cut ones may be the same
-            fits &= n_images * encoder.n_visual + extra * (turns + 2) + n_bytes < encoder.max_len
+        sizes, fits = Sizes(*self.index.sizes.unbind(1)), self.fit()
+        self.usable, self.n_too_long = fits.nonzero().flatten(), int((~fits).sum())
+        long = f"a prompt longer than --max_len {args.max_len} (an image takes {encoder.n_visual} tokens)"
+        long += " or answers that are the same until there" if pairs else ""
+        none = f"{args.data}: no training sample is left, {self.n_too_long} of {len(fits)} have"
+        require(len(self), f"{none} {long}")
+        blind = f"{args.data} has no image: only the projector is trained, and text does not reach it"
+        require(not needs_images or sizes.images[self.usable].any(), blind)
+        self.n_images = sizes.images[self.usable].tolist()
+        self.n_unmarked = int(sizes.unmarked[self.usable].sum())
+        tokens = sizes.text // 4 + sizes.images * encoder.n_visual  # about, for grouping
+        self.lengths = tokens[self.usable].clamp_max(encoder.max_len).tolist()
+
+    def fit(self) -> Tensor:
+        """Of which samples something is learned within --max_len. Most are short enough for certain, by the
+        sizes of their text: a token has at least one byte, and what the template adds to a turn is shorter
+        than all of PROBE. Only the others are read.
+        """
+        encoder, sizes = self.encoder, Sizes(*self.index.sizes.unbind(1))
+        extra = len(encoder.chat.encode(PROBE)[0])
+        fixed = 2 if encoder.caption_only else extra * (sizes.turns_before + 1) + sizes.text_before
+        fits = sizes.images_before * (encoder.n_visual + 2) + fixed < encoder.max_len
+        if self.pairs:  # to the end of both answers, since cut ones may be the same
+            whole = sizes.images * encoder.n_visual + extra * (sizes.turns_before + 2) + sizes.text
+            fits &= whole < encoder.max_len
         for i in (~fits).nonzero().flatten().tolist():
             try:
-                rows = self.code(self.sample(i)[1])
+                rows = self.encode(self.sample(i)[1])
             except InputError:  # named, and counted by --skip_bad, when it is met
                 fits[i] = True
                 continue
-            learned = all(any(target != IGNORE for target in targets) for _, targets in rows)
-            fits[i] = learned and (not pairs or rows[0] != rows[1])
-        self.usable, self.n_too_long = fits.nonzero().flatten(), int((~fits).sum())
-        long = f"a prompt longer than --max_len {args.max_len} (an image takes {encoder.n_visual} tokens)"
-        none = f"{args.data}: no training sample is left, {self.n_too_long} of {len(fits)} have"
-        require(len(self), f"{none} {long}" + " or answers that are the same until there" * pairs)
-        blind = f"{args.data} has no image: only the projector is trained, and text does not reach it"
-        require(not needs_images or n_images[self.usable].any(), blind)
-        self.n_images, self.n_unmarked = n_images[self.usable].tolist(), int(unmarked[self.usable].sum())
-        tokens = n_bytes // 4 + n_images * encoder.n_visual  # about, for grouping
-        self.lengths = tokens[self.usable].clamp_max(encoder.max_len).tolist()
+            learned = all(any(token != IGNORE for token in y) for _, y in rows)
+            fits[i] = learned and (not self.pairs or rows[0] != rows[1])
+        return fits
 
-    def measure(self, where: str, record: object) -> tuple[int, ...]:
-        """Check a record. Its images and bytes of text; images, turns and bytes before what is learned; and
-        whether its images have no markers.
-        """
+    def measure(self, where: str, record: object) -> Sizes:
+        """Check a record, and say how large it is."""
         sample = self.check(where, record, self.image_root, exist=not self.skip_bad)
         messages = sample.conversations[0]
         n_bytes = [max(sum(len(part.get("text", "").encode()) for part in one["content"]) for one in turn)
                    for turn in zip(*sample.conversations)]
         first = len(messages) - 1 if self.pairs else [m["role"] for m in messages].index("assistant")
         before = sum(part["type"] == "image" for m in messages[:first] for part in m["content"])
-        return len(sample.images), sum(n_bytes), before, first, sum(n_bytes[:first]), sample.unmarked
+        return Sizes(len(sample.images), sum(n_bytes), before, first, sum(n_bytes[:first]), sample.unmarked)
 
     def sample(self, i: int) -> tuple[str, list[list[dict]], list[str]]:
         """(its name, conversations, image paths) of sample `i` of the index, read from the disk."""
@@ -143,7 +156,7 @@ class LlavaData(Dataset):
         conversations, images, _ = self.check(where, record, self.image_root, exist=False)
         return f"{where} (id {record.get('id')})", conversations, images
 
-    def code(self, conversations: list[list[dict]]) -> list[tuple[list[int], list[int]]]:
+    def encode(self, conversations: list[list[dict]]) -> list[tuple[list[int], list[int]]]:
         return [self.encoder(messages, last_only=self.pairs) for messages in conversations]
 
     def __len__(self) -> int:
@@ -153,10 +166,8 @@ class LlavaData(Dataset):
         name, conversations, paths = self.sample(int(self.usable[i]))
         pixels, bad = None, None
         try:
-            rows = self.code(conversations)
-            n_images = (
-                rows[0][0].count(self.encoder.image_id) // self.encoder.n_visual
-            )  # that were not cut off
+            rows = self.encode(conversations)
+            n_images = rows[0][0].count(self.encoder.image_id) // self.encoder.n_visual  # those not cut off
             images = [load_image(name, self.image_root, path) for path in paths[:n_images]]
             if images:  # as bytes, a quarter of their floats; `Llava.encode_images` does the last steps
                 raw = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
@@ -171,11 +182,11 @@ class LlavaData(Dataset):
         rows = [row for conversation in zip(*(s["rows"] for s in samples)) for row in conversation]
         shape = len(rows), max(len(ids) for ids, _ in rows)
         input_ids = torch.full(shape, self.encoder.chat.tokenizer.pad_token_id)
-        is_token, targets = torch.zeros(shape, dtype=torch.bool), torch.full(shape, IGNORE)
-        for k, (ids, wanted) in enumerate(rows):
-            input_ids[k, : len(ids)], targets[k, : len(ids)] = torch.tensor(ids), torch.tensor(wanted)
+        is_token, y = torch.zeros(shape, dtype=torch.bool), torch.full(shape, IGNORE)
+        for k, (ids, learned) in enumerate(rows):
+            input_ids[k, : len(ids)], y[k, : len(ids)] = torch.tensor(ids), torch.tensor(learned)
             is_token[k, : len(ids)] = True
-        visual, response = (input_ids == self.encoder.image_id) & is_token, targets != IGNORE
+        visual, response = (input_ids == self.encoder.image_id) & is_token, y != IGNORE
         is_text = is_token & ~visual
         prompt, pixels = is_text & is_text.roll(-1, 1) & ~response, []
         prompt[:, -1] = False  # nothing follows
@@ -184,9 +195,9 @@ class LlavaData(Dataset):
             images = [s["pixels"][k] for s in samples if s["pixels"]]
             none = torch.zeros(0, 3, side, side, dtype=torch.uint8)
             pixels.append(torch.cat(images) if images else none)  # (n, 3, H, W)
-        rows = input_ids, is_token.long(), targets, response, visual, prompt
+        pixels = pixels[0], pixels[1] if len(pixels) > 1 else None
         bad, names = [s["bad"] for s in samples if s["bad"]], [s["name"] for s in samples]
-        return Batch(*rows, *(*pixels, None)[:2], bad, names)
+        return Batch(input_ids, is_token.long(), y, response, visual, prompt, *pixels, bad, names)
 
 
 def schedule(data: LlavaData, args: Namespace) -> list[list[int]]:
@@ -222,14 +233,14 @@ def micro_batches(data: LlavaData, steps: list, first: int, run: Run) -> Iterato
     """(step, this rank's micro-batches) from step `first` on; all ranks get similar lengths."""
     size, ranks = run.args.micro_batch, run.ranks
     mine = [batch[k + ranks.rank * size :][:size] for batch in steps[first:]
-            for k in range(0, len(batch), size * ranks.world)]
+            for k in range(0, len(batch), size * ranks.world_size)]
     loader = iter(DataLoader(
         data, batch_sampler=mine, collate_fn=data.collate, pin_memory=ranks.device.type == "cuda",
         num_workers=run.args.workers, worker_init_fn=ignore_signals, generator=torch.Generator(),
     ))
     for step in range(first, len(steps)):
-        yield step, [next(loader) for _ in range(0, run.args.global_batch, size * ranks.world)]
+        yield step, [next(loader) for _ in range(0, run.args.global_batch, size * ranks.world_size)]
 
 
-if __name__ == "__main__":  # not imported: that would count as code of every stage (run.code_of)
-    runpy.run_module("lab.look", run_name="__main__")
+if __name__ == "__main__":
+    sys.exit("data.py is a library; look at a data file by: python -m lab.look FILE --images DIR --model M")

@@ -1,9 +1,12 @@
-"""Distilled Pre-Training: the first stage of LLaVA-KD (§3.3.2, Eq. 6, arXiv 2410.16236v1).
+"""Distilled Pre-Training: the first stage of LLaVA-KD (§3.3.2, arXiv 2410.16236v1).
+
+    L_DPT = L_PT + alpha L_res + beta L_vis + gamma L_rel                                           Eq. (6)
 
 Trained: the projector of the student. Frozen: everything else, and the whole teacher.
-Without --teacher it is plain Pre-Training by Eq. 1: also the teacher's first stage (§3.2), and LLaVA-MoD's
-initialisation (MoD Eq. 5).
-Departures: the sums over tokens in Eqs. 1 to 3 are means over the rows of the global batch.
+Without --teacher it is plain Pre-Training by L_PT, Eq. 1: also the teacher's first stage (§3.2), and
+LLaVA-MoD's initialisation (MoD Eq. 5).
+Departures: the sums over tokens in Eqs. 1 to 3 are means over the rows of the global batch. With --targets a
+fifth term, delta L_prompt, can be added (the paper's Table 4).
 
     torchrun --nproc_per_node 8 dpt.py --vision google/siglip-so400m-patch14-384 --llm Qwen/Qwen1.5-0.5B \\
         --teacher TEACHER --data blip_laion_cc_sbu_558k.json --images IMAGES --out out/dpt
@@ -16,12 +19,13 @@ import torch
 from data import LlavaData, count_rows, micro_batches, schedule
 from losses import autoregressive_loss, prompt_kl, relation_loss, response_kl, self_correlation, visual_kl
 from model import Llava, load_teacher
-from support.chunks import gram, over_rows
-from support.flags import add_flags, add_kd_flags, add_student_flags, add_training_flags, cli, new_parser
 from support.parts import new_llava
+from support.chunks import gram, over_rows
+from support.flags import add_flags, add_kd_flags, add_student_flags, add_training_flags, cli, kd_weights
+from support.flags import new_parser
 from support.ranks import process_group
-from support.run import all_finite, begin, check_samples, open_run, save_student, set_lr, write_log
-from support.state import load_state, make_optimizer, save_state_if_due, stop_if_asked
+from support.run import check_samples, may_update, open_run, save_student, seed_step, start_run, write_log
+from support.state import load_state, make_optimizer, save_state_if_due, set_lr, stop_if_asked
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,10 +35,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ("--teacher", str, None, "LLaVA checkpoint to learn from; without it, plain pre-training"),
         ("--caption_only", bool, True, "train on image and answer, without the question; as LLaVA-1.5"),
     ])
-    add_kd_flags(parser, gamma=0.5, relation="matrix", source="KD §4.1")
-    add_training_flags(parser, lr=1e-3, batch=256, source="KD §4.1, 32 a GPU x 8")
+    add_kd_flags(parser, alpha=1.0, beta=1.0, gamma=0.5, relation="matrix", source="KD §4.1")
+    add_training_flags(parser, lr=1e-3, batch=256, epochs=1, warmup=0.03, source="KD §4.1, 32 a GPU x 8")
     args = parser.parse_args(argv)
-    if [bool(x) for x in (args.vision, args.llm, args.student)] not in ([1, 1, 0], [0, 0, 1]):
+    parts, whole = (args.vision, args.llm), args.student
+    if not (all(parts) and not whole or whole and not any(parts)):
         parser.error("give either --vision and --llm, for a new student, or --student")
     if args.teacher and "prompt" in args.targets and args.caption_only:
         parser.error("with --caption_only there are no prompt tokens to distil: add --no-caption_only")
@@ -59,8 +64,9 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(args.seed)
 
         # ---- models, and what is trained
-        student = new_student(args).to(ranks.device)
-        teacher = load_teacher(args, student, run.dtype)  # None without --teacher
+        student, teacher = new_student(args).to(ranks.device), None
+        if args.teacher:
+            teacher = load_teacher(args.teacher, student, run.teacher_dtype)
         student.requires_grad_(False).multi_modal_projector.requires_grad_(True)
         trained = [p for p in student.parameters() if p.requires_grad]
         if args.gradient_checkpointing:
@@ -72,58 +78,58 @@ def main(argv: list[str] | None = None) -> None:
         steps = schedule(data, args)
         optimizer = make_optimizer(run, trained)
         first = load_state(run, student, optimizer)
-        begin(run, student, data, len(steps), first)
+        start_run(run, student, data, len(steps), first)
 
         # ---- the loop
         ranks.catch_signals()
-        alpha = args.alpha if "response" in args.targets else 0
-        beta = args.beta if "visual" in args.targets else 0
-        delta = args.delta if "prompt" in args.targets else 0
+        alpha, beta, delta = kd_weights(args)
         w_s, w_t = student.lm_head.weight, teacher.lm_head.weight if teacher else None  # (V, D)
-        gram_s, gram_t = (gram(w_s, w_t), gram(w_t, w_s)) if args.gamma else (None, None)  # (D, D)
+        if args.gamma:  # W^T W (D, D), for Eq. (4) without logits, over the ids that both heads have
+            gram_s, gram_t = (gram(w, min(len(w_s), len(w_t))) for w in (w_s, w_t))
         for step, micros in micro_batches(data, steps, first, run):
-            torch.manual_seed(hash((args.seed, step, ranks.rank)))  # the same after an interruption
+            seed_step(run, step)
             lr = set_lr(optimizer, step, len(steps), args.lr, args.warmup)
-            n = count_rows(micros, ranks)  # rows, images, tokens of the global batch
-            check_samples(run, micros, n.bad)
-            losses = []
+            total = count_rows(micros, ranks)  # rows, images, tokens of the global batch
+            check_samples(run, micros, total.bad)
+            logged = []
             for k, batch in enumerate(micros, 1):
                 batch = batch.to(ranks.device)
                 with ranks.exchange_gradients(now=k == len(micros)), run.autocast():
                     z = student.encode_images(batch.pixel_values)  # (n, Np, C)
                     h_s = forward(batch.input_ids, z)  # (B, T, D_s)
                     if teacher:
-                        with torch.no_grad():
+                        with torch.no_grad():  # a teacher without a tower sees by the student's
                             z_t = teacher.encode_images(batch.teacher_pixels) if teacher.vision_tower else z
                             h_t = teacher(batch.input_ids, z_t)  # (B, T, D_t)
 
-                # ---- Eq. (6), a sum over rows. `over_rows` forms the logits and calls this on a few rows at
-                # a time: log phi_s, log phi_l (N, V) and the next token y (N,)
+                # ---- Eq. (6), its sums over rows: `over_rows` forms the logits of a few rows of one kind
+                # and calls this with log phi_s, log phi_l (N, V) and the next tokens y (N,)
                 def objective(response, visual, prompt):
-                    l_pt = autoregressive_loss(response.log_s, response.y, 1 / n.response)
+                    l_pt = autoregressive_loss(response.log_s, response.y, 1 / total.response)
                     if not teacher:
                         return l_pt, {"l_pt": l_pt}
-                    l_res = response_kl(response.log_s, response.log_t, 1 / n.response)
-                    l_vis = visual_kl(visual.log_s, visual.log_t, 1 / n.visual)
-                    l_prompt = prompt_kl(prompt.log_s, prompt.log_t, 1 / n.prompt)
+                    l_res = response_kl(response.log_s, response.log_t, 1 / total.response)
+                    l_vis = visual_kl(visual.log_s, visual.log_t, 1 / total.visual)
+                    l_prompt = prompt_kl(prompt.log_s, prompt.log_t, 1 / total.prompt)
                     loss = l_pt + alpha * l_res + beta * l_vis + delta * l_prompt
                     return loss, {"l_pt": l_pt, "l_res": l_res, "l_vis": l_vis, "l_prompt": l_prompt}
 
-                kinds = [batch.response, batch.visual if beta else None, batch.prompt if delta else None]
+                kinds = {"response": batch.response, "visual": batch.visual if beta else None,
+                         "prompt": batch.prompt if delta else None}
                 s, t = (h_s.to(run.dtype), w_s), (h_t, w_t) if teacher else None
-                loss, terms = over_rows(objective, kinds, batch.targets, s, t)
-                if args.gamma:
+                loss, terms = over_rows(objective, kinds, batch.y, s, t)
+                if args.gamma:  # no sum over rows: one cosine an image
                     v_s, v_t = (h[batch.visual].unflatten(0, z.shape[:2]) for h in (h_s, h_t))  # (n, Np, D)
                     r_s, r_t = self_correlation(v_s, gram_s), self_correlation(v_t, gram_t)  # Eq. (4)
-                    l_rel = relation_loss(r_s, r_t, 1 / n.images, args.relation == "columns")  # Eq. (5)
+                    l_rel = relation_loss(r_s, r_t, 1 / total.images, columns=args.relation == "columns")
                     loss, terms = loss + args.gamma * l_rel, terms | {"l_rel": l_rel}
-                (ranks.world * loss).backward()  # DDP divides by the number of ranks
-                losses.append({"loss": loss} | terms)
+                (ranks.world_size * loss).backward()  # DDP divides by the number of ranks
+                logged.append({"loss": loss} | terms)
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm or torch.inf)
-            if all_finite(run, step, losses, grad_norm, micros):
+            if may_update(run, step, logged, grad_norm, micros):
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=ranks.world == 1)  # DDP keeps them in its buckets
-            write_log(run, step, lr, losses, grad_norm, n.tokens)
+            optimizer.zero_grad(set_to_none=ranks.world_size == 1)  # DDP keeps them in its buckets
+            write_log(run, step, lr, logged, grad_norm, total.tokens)
             save_state_if_due(run, step, student, optimizer)
             stop_if_asked(run, step, student, optimizer)
         save_student(run, student)

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from lab.report import draw_sample
 from support.chat import IMAGE_TOKEN, Chat, turn
-from support.checks import check_images, images_of, is_text, load_image, load_stock, without_markers
-from support.flags import InputError, add_flags, cli, natural, new_parser, positive, require
+from support.checkpoints import load_stock
+from support.checks import check_images, images_of, is_text, load_image, without_markers
+from support.flags import REQUIRED, InputError, add_flags, cli, natural, new_parser, positive, require
 from support.index import records
 from support.metrics import METRICS, read_vocabulary
 from support.ranks import process_group
@@ -32,8 +33,8 @@ from support.run import precision
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add_flags(parser, "what", [
-        ("--model", [str], ..., "LLaVA checkpoints, hub names or folders"),
-        ("--questions", str, ..., "questions, .jsonl"),
+        ("--model", [str], REQUIRED, "LLaVA checkpoints, hub names or folders"),
+        ("--questions", str, REQUIRED, "questions, .jsonl"),
         ("--images", str, ".", "folder that image paths are relative to"),
         ("--metric", tuple(METRICS), "exact", "how to score"),
         ("--objects", str, None, "for hallucination: an object a line, with its other wordings after commas"),
@@ -103,7 +104,7 @@ def generate(model_path: str, questions: list[dict], args: argparse.Namespace) -
         order, suffix = sorted(range(len(questions)), key=size), args.suffix.replace("\\n", "\n")
         # Token ids minus the padding's: 0 where this rank has no answer, so that the ranks' can be added.
         answers = torch.zeros(len(order), args.max_new_tokens, dtype=torch.int64, device=ranks.device)
-        turns = range(0, len(order), args.batch)[ranks.rank :: ranks.world]
+        turns = range(0, len(order), args.batch)[ranks.rank :: ranks.world_size]
         for k in tqdm(turns, f"answers of {model_path}", disable=ranks.rank > 0):
             picked = [questions[i] for i in order[k : k + args.batch]]
             places = [(q["where"], args.images, path) for q in picked for path in q["images"]]

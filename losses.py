@@ -10,10 +10,10 @@ Conventions, for every function
       response, visual or prompt rows is decided once, in `data.Batch`; nothing here shifts anything.
     * `log_s` and `log_t` are log-probabilities, log phi_s and log phi_l of the papers: natural logarithms, in
       fp32 or fp64. The paper's phi_s is the student (small), phi_l the teacher (large).
-    * A token loss is a weighted *sum* over its rows; with `weights=None` it is their mean. The stages pass
-      1 / (rows in the global batch), so that the losses of all micro-batches and ranks add up to the mean
-      over the global batch. (Departure: Eqs. 1 to 3 print a sum over tokens. As a sum, the 729 visual terms
-      of an image would drown all others.)
+    * A loss is a weighted *sum* over its rows (images, pairs), never a mean of those it is given: only some
+      are given at a time. The stages pass 1 / (rows in the global batch) as `weights`, so that the losses of
+      all chunks, micro-batches and ranks add up to the mean over the global batch. (Departure: Eqs. 1 to 3
+      print a sum over tokens. As a sum, the 729 visual terms of an image would drown all others.)
     * Without any row a loss is 0, and so is its gradient.
 """
 
@@ -21,20 +21,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Weights = Tensor | float | None
+Weights = Tensor | float  # one for each row, or one for all of them
 
 
 def weighted_sum(rows: Tensor, weights: Weights) -> Tensor:
-    """sum_n w_n rows_n; without weights the mean, which is 0 for no rows."""
-    return rows.sum() / max(rows.numel(), 1) if weights is None else (rows * weights).sum()
+    """sum_n w_n rows_n, rows (N,)."""
+    return (rows * weights).sum()
 
 
-def autoregressive_loss(log_s: Tensor, y: Tensor, weights: Weights = None) -> Tensor:
+def autoregressive_loss(log_s: Tensor, y: Tensor, weights: Weights) -> Tensor:
     """L_reg = - sum_m log phi(y_m | y_<m)                                   Eq. (1), arXiv 2410.16236v1
 
     log_s  (N, V)  log phi(. | y_<m), at the position before y_m
     y      (N,)    y_m, token ids in [0, V); a row of weight 0 may hold -100
-    Returns a scalar >= 0, in nats. Also L_PT and L_SFT of the paper, and Eq. (5) of LLaVA-MoD.
+    Returns a scalar >= 0, in nats. Also L_PT and L_SFT of the paper, and Eq. (5) of LLaVA-MoD. (The paper
+    prints phi_l here; what is trained is the student, so phi is phi_s.)
     """
     return weighted_sum(-log_probability(log_s, y), weights)
 
@@ -51,7 +52,7 @@ def kl_divergence(log_s: Tensor, log_t: Tensor) -> Tensor:
     The forward KL at temperature 1, over the token ids that both heads have.
     """
     log_s, log_t = over_common_ids(log_s, log_t)
-    return -(log_t.exp() * (log_s - log_t)).sum(-1)
+    return (log_t.exp() * (log_t - log_s)).sum(-1)
 
 
 def over_common_ids(log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +64,7 @@ def over_common_ids(log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(x if x.shape[-1] == v else F.log_softmax(x[..., :v], dim=-1) for x in (log_s, log_t))
 
 
-def response_kl(log_s: Tensor, log_t: Tensor, weights: Weights = None) -> Tensor:
+def response_kl(log_s: Tensor, log_t: Tensor, weights: Weights) -> Tensor:
     """L_res = sum_m KLD(phi_l(y_m | y_<m), phi_s(y_m | y_<m))               Eq. (2), arXiv 2410.16236v1
 
     Rows m = 1..M predict the tokens of the response: the rows of Eq. (1). Shapes as in `kl_divergence`.
@@ -71,7 +72,7 @@ def response_kl(log_s: Tensor, log_t: Tensor, weights: Weights = None) -> Tensor
     return weighted_sum(kl_divergence(log_s, log_t), weights)
 
 
-def visual_kl(log_s: Tensor, log_t: Tensor, weights: Weights = None) -> Tensor:
+def visual_kl(log_s: Tensor, log_t: Tensor, weights: Weights) -> Tensor:
     """L_vis = sum_k KLD(phi_l(y_k | y_<k), phi_s(y_k | y_<k))               Eq. (3), arXiv 2410.16236v1
 
     Rows k = 1..K are the visual tokens' own positions: what the model predicts *at* a visual token.
@@ -79,7 +80,7 @@ def visual_kl(log_s: Tensor, log_t: Tensor, weights: Weights = None) -> Tensor:
     return weighted_sum(kl_divergence(log_s, log_t), weights)
 
 
-def prompt_kl(log_s: Tensor, log_t: Tensor, weights: Weights = None) -> Tensor:
+def prompt_kl(log_s: Tensor, log_t: Tensor, weights: Weights) -> Tensor:
     """The same on the rows that predict the text of the prompt: the third target of KD's Table 4."""
     return weighted_sum(kl_divergence(log_s, log_t), weights)
 
@@ -96,27 +97,23 @@ def self_correlation(y: Tensor, gram: Tensor | None = None) -> Tensor:
     return y @ y.mT if gram is None else y @ gram @ y.mT
 
 
-def relation_loss(r_s: Tensor, r_t: Tensor, weights: Weights = None, columns: bool = False) -> Tensor:
+def relation_loss(r_s: Tensor, r_t: Tensor, weights: Weights, columns: bool = False) -> Tensor:
     """L_rel = 1 - Cos(R_s, R_t) = 1 - R_s . R_t / (|R_s| |R_t|)             Eq. (5), arXiv 2410.16236v1
 
     r_s, r_t  (n, Np, Np)  R_s, R_t of Eq. (4), their scale does not matter
     weights   (n,)         one per image
     columns   False: one cosine per image, over the flattened matrix (KD, Frobenius norm);
-              True: L_cos = (1/Np) sum_i (1 - cos(R_t[:, i], R_s[:, i])), Eq. (6) of LLaVA-CKD
-    Returns a scalar in [0, 2]. Written as half the squared distance of the two normalised matrices: the same
-    number, but exactly 0 for equal ones, where 1 - cos would round. A matrix (column) of zeros has no
-    direction: its loss is 1/2 against any other and 0 against another zero.
+              True: L_cos = (1/Np) sum_i (1 - cos(R_t[:, i], R_s[:, i])), Eq. (6) of LLaVA-CKD, arXiv
+              2605.10641, as its damaged print is read here
+    Returns a scalar in [0, 2], in fp64: in fp32, 1 - cos would be lost in rounding near 0, and squares of
+    large entries would overflow. A matrix (column) of zeros has no direction: its cosine is 0.
     """
-    dims = (-2,) if columns else (-2, -1)
-    distance = (_unit(r_s, dims) - _unit(r_t, dims)).square().sum(dims) / 2  # (n,) or, by column, (n, Np)
-    return weighted_sum(distance.mean(-1) if columns else distance, weights)
-
-
-def _unit(r: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """r / |r|, zero where r is zero. The largest entry is divided out first: squares of R can pass fp32."""
-    nonzero = lambda x: torch.where(x > 0, x, 1.0)
-    r = r / nonzero(r.detach().abs().amax(dims, keepdim=True))
-    return r / nonzero(r.square().sum(dims, keepdim=True)).sqrt()
+    r_s, r_t = r_s.double(), r_t.double()
+    if columns:
+        distance = (1 - F.cosine_similarity(r_s, r_t, dim=-2)).mean(-1)  # (n, Np) -> (n,)
+    else:
+        distance = 1 - F.cosine_similarity(r_s.flatten(1), r_t.flatten(1))  # (n,)
+    return weighted_sum(distance, weights)
 
 
 def routing(
@@ -126,7 +123,8 @@ def routing(
 
     scores       (N, E)  x W_r, the router's output for N tokens and E experts
     renormalise  divide the k kept values by their sum. Departure: the paper keeps r_i as it is; divided by
-                 the sum, E equal experts are exactly the dense FFN that they were copied from
+                 the sum (as DeepSpeed does it for the paper's released code), E equal experts are exactly
+                 the dense FFN that they were copied from
     noise        (N, E)  added to the scores when experts are picked, not to the kept values (RSample)
     Returns r (N, E), the kept values (N, k) and which experts they belong to (N, k).
     """
@@ -137,7 +135,7 @@ def routing(
     return r, kept / kept.sum(-1, keepdim=True) if renormalise else kept, chosen
 
 
-def balance_loss(r: Tensor, load: Tensor, weights: Weights = None) -> Tensor:
+def balance_loss(r: Tensor, load: Tensor, weights: Weights) -> Tensor:
     """E sum_i f_i P_i, which keeps the experts equally busy (Fedus et al., 2022, Eq. 4), of one MoE layer
 
     r        (N, E)  routing values of Eq. (2), one row per token
@@ -148,7 +146,7 @@ def balance_loss(r: Tensor, load: Tensor, weights: Weights = None) -> Tensor:
     return weighted_sum((r * load.detach()).sum(-1), weights) * r.shape[-1]
 
 
-def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, weights: Weights = None) -> Tensor:
+def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float, weights: Weights) -> Tensor:
     """- log sigma(beta log pi_S(y+)/pi_T(y+) - beta log pi_S(y-)/pi_T(y-))      Eq. (8), arXiv 2408.15881
 
     chosen, rejected  (B,)  log pi_S(y|x) - log pi_T(y|x) of y+ and y-, each summed over the answer's tokens
@@ -159,8 +157,8 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, weights: Weigh
 
 
 def kto_loss(
-    chosen: Tensor, rejected: Tensor, chosen_kl: Tensor, rejected_kl: Tensor, beta: float = 0.1,
-    weights: Weights = None,
+    chosen: Tensor, rejected: Tensor, chosen_kl: Tensor, rejected_kl: Tensor, beta: float,
+    weights: Weights,
 ) -> Tensor:
     """Kahneman-Tversky optimisation on pairs: the loss of MoD's preference distillation (§3.2, Table 16)
 

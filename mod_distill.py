@@ -1,12 +1,13 @@
-"""LLaVA-MoD: mimic and preference distillation (§3.2, Eqs. 6-8, arXiv 2408.15881), one step a run.
+"""LLaVA-MoD: mimic and preference distillation (§3.2, arXiv 2408.15881), one step a run.
 
-    d2d  the dense student learns the teacher's distribution of the answers; projector and LLM are trained
-    d2s  its FFNs become experts, and L_ar joins the KL; experts, routers and projector are trained
-    pd   it learns to prefer the better of two answers, more than the teacher does; the same are trained
+    d2d  L_D2D = KL                the dense student; projector and LLM are trained                 Eq. (6)
+    d2s  L_D2S = L_ar + KL         FFNs become experts; they, routers and projector are trained     Eq. (7)
+    pd   L_PD  = DPO or KTO        the better of two answers, more than the teacher does; the same  Eq. (8)
 
 The initialisation before them (Eq. 5) is dpt.py without --teacher.
 Departures: Eqs. 6 and 7 print a minus before the KL, which would drive the student away from the teacher;
-here it is minimised. Expectations over tokens are means over the rows of the global batch.
+here it is minimised. Expectations over tokens are means over the rows of the global batch, of answers as the
+data have them. d2s and pd add 0.01 x a balance loss, as the released code; the paper prints none.
 
     torchrun --nproc_per_node 8 mod_distill.py --step d2s --student out/d2d --teacher TEACHER \\
         --data multitask.json --images IMAGES --out out/d2s
@@ -16,65 +17,73 @@ import argparse
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-import losses
 from data import Batch, Counts, LlavaData, count_rows, micro_batches, schedule
-from losses import autoregressive_loss, kl_baseline, prompt_kl, response_kl
+from losses import autoregressive_loss, dpo_loss, kl_baseline, kto_loss, log_probability, prompt_kl
+from losses import response_kl
 from model import Llava, load_teacher
-from moe import Experts, Router, balance, expert_load, is_sparse, parts, prepare, route, sparsify
-from support.chunks import CHUNK, Head, over_rows
-from support.flags import add_flags, add_training_flags, cli, new_parser, positive, require, weight
+from moe import Experts, Router, expert_load, is_sparse, mean_balance_loss, modules, prepare, sparsify
+from moe import unwatch, watch
+from support.chunks import Head, over_rows
+from support.flags import REQUIRED, add_flags, add_training_flags, cli, new_parser, positive, require, weight
 from support.ranks import process_group
-from support.run import all_finite, begin, check_samples, open_run, save_student, set_lr, write_log
-from support.state import load_state, make_optimizer, save_state_if_due, stop_if_asked
+from support.run import check_samples, may_update, open_run, save_student, seed_step, start_run, write_log
+from support.state import load_state, make_optimizer, save_state_if_due, set_lr, stop_if_asked
 
-STEPS = ("d2d", "d2s", "pd")
-MIMIC, SPARSE = ("d2d", "d2s"), ("d2s", "pd")
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--step", choices=STEPS)
-    step = first.parse_known_args(argv)[0].step
-    parser = new_parser(__doc__)
-    add_flags(parser, "models", [
-        ("--step", STEPS, ..., "d2d and d2s: mimic distillation; pd: preference distillation"),
-        ("--student", str, ..., "LLaVA checkpoint to train, hub name or folder; dense for d2d and d2s"),
-        ("--teacher", str, None, "LLaVA checkpoint to learn from, hub name or folder; not with --kl 0"),
-        ("--teacher_dtype", ("auto", "bf16", "fp32"), "auto", "of the teacher's weights; auto: as --dtype"),
-    ])
-    only = {MIMIC: [
+STEPS = "d2d", "d2s", "pd"
+MIMIC, SPARSE = STEPS[:2], STEPS[1:]
+# Flags that are for some steps only.
+FLAGS = [
+    (MIMIC, [
         ("--distill", ("response", "response+instruction"), "response", "rows of the KL; MoD Table 7"),
         ("--kl", weight, 1.0, "weight of the KL, 0: none, and no teacher; MoD Eqs. 6, 7"),
-        ("--ar", weight, float(step == "d2s"), "weight of L_ar; MoD Eqs. 6, 7: 0 in d2d, 1 in d2s"),
-    ], ("d2s",): [
+        ("--ar", weight, None, "weight of L_ar (default: 0 in d2d, 1 in d2s); MoD Eqs. 6, 7"),
+    ]),
+    (("d2s",), [
         ("--experts", positive, 4, "copies of each FFN; MoD §4.1"),
         ("--top_k", positive, 2, "experts that each token gets; MoD §4.1"),
         ("--moe_layers", str, "every_other", "every_other, all, first_half or a list as 0,2; released code"),
         ("--renormalise", bool, True, "kept routing values sum to 1 (with --top_k 1 the router then "
          "learns from the balance loss alone); without: as MoD Eq. (3)"),
-    ], SPARSE: [
+    ]),
+    (SPARSE, [
         ("--router", ("topk", "rsample", "jitter"), "topk", "how experts are picked; MoD Table 14"),
         ("--balance", weight, 0.01, "weight of the balance loss; released code"),
-    ], ("pd",): [
+    ]),
+    (("pd",), [
         ("--po", ("kto", "dpo"), "kto", "preference loss; MoD Tables 15, 16"),
         ("--beta", weight, 0.1, "beta of Eq. (8), the strength of the reference; TRL"),
-    ]}
-    for steps, rows in only.items():
+    ]),
+]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = new_parser(__doc__)
+    add_flags(parser, "models", [
+        ("--step", STEPS, REQUIRED, "d2d and d2s: mimic distillation; pd: preference distillation"),
+        ("--student", str, REQUIRED, "LLaVA checkpoint that is trained, name or folder; dense for d2d, d2s"),
+        ("--teacher", str, None, "LLaVA checkpoint to learn from, hub name or folder; not with --kl 0"),
+        ("--teacher_dtype", ("auto", "bf16", "fp32"), "auto", "of the teacher's weights; auto: as --dtype"),
+    ])
+    for steps, rows in FLAGS:
         add_flags(parser, f"--step {' and '.join(steps)}", rows)
-    lr = 2e-6 if step == "pd" else 2e-5
-    add_training_flags(parser, lr, batch=128, source="MoD A.1, Table 10, released code")
+    source = "2e-5, in pd 2e-6; MoD A.1, Table 10, released code"
+    add_training_flags(parser, lr=None, batch=128, epochs=1, warmup=0.03, source=source)
     args = parser.parse_args(argv)
-    for steps, rows in only.items():
+    for steps, rows in FLAGS:
         for name, *_ in rows:
             if args.step not in steps and getattr(args, name[2:]) != parser.get_default(name[2:]):
                 parser.error(f"{name} is for --step {' and '.join(steps)}, not for {args.step}")
-    if not args.teacher and (args.step == "pd" or args.kl):
-        parser.error(f"--step {args.step} needs --teacher" + ", or --kl 0" * (args.step != "pd"))
-    if args.step != "pd" and not args.kl and (args.teacher or not args.ar):
+    if args.lr is None:
+        args.lr = 2e-6 if args.step == "pd" else 2e-5
+    if args.ar is None:
+        args.ar = 1.0 if args.step == "d2s" else 0.0
+    if args.step == "pd" and not args.teacher:
+        parser.error("--step pd needs --teacher")
+    if args.step in MIMIC and args.kl and not args.teacher:
+        parser.error(f"--step {args.step} needs --teacher, or --kl 0")
+    if args.step in MIMIC and not args.kl and (args.teacher or not args.ar):
         parser.error("--kl 0 needs --ar above 0, which is then all that is learned, and no --teacher")
     return args
 
@@ -100,9 +109,9 @@ def main(argv: list[str] | None = None) -> None:
         student.multi_modal_projector.requires_grad_(True)
         if sparse:
             prepare(student, args.router)
-            for part in parts(student, Router) + parts(student, Experts):
+            for part in modules(student, Router) + modules(student, Experts):
                 part.requires_grad_(True)
-        teacher = load_teacher(args, student, run.dtype)  # None with --kl 0
+        teacher = load_teacher(args.teacher, student, run.teacher_dtype) if args.teacher else None
         trained = [p for p in student.parameters() if p.requires_grad]
         if args.gradient_checkpointing:
             student.language_model.activation_checkpointing_enable({"use_reentrant": False})
@@ -113,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         steps = schedule(data, args)
         optimizer = make_optimizer(run, trained, betas=(0.9, 0.98))  # MoD Table 10
         first = load_state(run, student, optimizer)
-        begin(run, student, data, len(steps), first)
+        start_run(run, student, data, len(steps), first)
 
         # ---- the loop
         ranks.catch_signals()
@@ -121,15 +130,15 @@ def main(argv: list[str] | None = None) -> None:
 
         def passes(batch: Batch, forward: Callable[..., Tensor], teacher: Llava | None) -> tuple:
             """Hidden states (B, T, D) of student and teacher; with both, log-ratios (2, B) of pairs."""
-            answers = (2, 1, 1) if preference else (1, 1, 1)  # that see one image
+            n_answers = 2 if preference else 1  # that see one image
             with run.autocast():
-                z = student.encode_images(batch.pixel_values).repeat(answers)  # (n, Np, C)
-                route(student, batch.attention_mask)
+                z = student.encode_images(batch.pixel_values).repeat(n_answers, 1, 1)  # (n, Np, C)
+                watch(student, batch.attention_mask)
                 h_s, h_t = forward(batch.input_ids, z).to(run.dtype), None
                 if teacher:
                     with torch.no_grad():
                         if teacher.vision_tower:
-                            z = teacher.encode_images(batch.teacher_pixels).repeat(answers)
+                            z = teacher.encode_images(batch.teacher_pixels).repeat(n_answers, 1, 1)
                         h_t = teacher(batch.input_ids, z)
             if not (preference and teacher):
                 return h_s, h_t, None
@@ -143,16 +152,18 @@ def main(argv: list[str] | None = None) -> None:
             return torch.cat([of_pairs.double(), expert_load(student).flatten().double()])
 
         for step, micros in micro_batches(data, steps, first, run):
-            torch.manual_seed(hash((args.seed, step, ranks.rank)))  # the same after an interruption
+            seed_step(run, step)
             lr = set_lr(optimizer, step, len(steps), args.lr, args.warmup)
-            n = count_rows(micros, ranks)  # rows, images, tokens of the global batch
-            check_samples(run, micros, n.bad)
+            total = count_rows(micros, ranks)  # rows, images, tokens of the global batch
+            check_samples(run, micros, total.bad)
             logged, whole = [], None  # whole: `sums` over the global batch; balance loss and KTO need them
-            if sparse and len(micros) > 1:
-                teaches = teacher if args.po == "kto" else None
+            if sparse and len(micros) > 1:  # before the first backward pass: a pass ahead, without gradients
+                whole, teaches = 0, teacher if args.po == "kto" else None
                 with torch.no_grad(), torch.random.fork_rng():  # router noise will be the same again below
-                    ahead = (passes(batch.to(ranks.device), student, teaches)[2] for batch in micros)
-                    whole = ranks.sum(sum(sums(ratios) for ratios in ahead))
+                    for batch in micros:
+                        _, _, ratios = passes(batch.to(ranks.device), student, teaches)
+                        whole = whole + sums(ratios)
+                whole = ranks.sum(whole)
             for k, batch in enumerate(micros, 1):
                 batch = batch.to(ranks.device)
                 with ranks.exchange_gradients(now=k == len(micros)):
@@ -160,78 +171,73 @@ def main(argv: list[str] | None = None) -> None:
                 if sparse and whole is None:
                     whole = ranks.sum(sums(ratios))
                 if preference:
-                    loss, terms = preference_loss(args, ratios, whole[:2], batch, n)
+                    loss, terms = preference_loss(args, ratios, whole[:2], batch, total)
                 else:
-                    loss, terms = mimic_loss(args, batch, (h_s, w_s), (h_t, w_t) if teacher else None, n)
+                    loss, terms = mimic_loss(args, batch, (h_s, w_s), (h_t, w_t) if teacher else None, total)
                 if sparse:
                     load = whole[2:].view(-1, student.config.text_config.num_experts)  # (sparse layers, E)
                     load = load / load.sum(1, keepdim=True)
-                    l_bal = balance(student, load, n.tokens)
+                    l_bal = mean_balance_loss(student, load, total.tokens)
+                    unwatch(student)
                     loss, terms = loss + args.balance * l_bal, terms | {"l_bal": l_bal}
-                    shares = load.mean(0) / (ranks.world * len(micros))
+                    shares = load.mean(0) / (ranks.world_size * len(micros))
                     terms |= {f"expert_{e}": share for e, share in enumerate(shares)}
-                (ranks.world * loss).backward()  # DDP divides by the number of ranks
+                (ranks.world_size * loss).backward()  # DDP divides by the number of ranks
                 logged.append({"loss": loss} | terms)
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm or torch.inf)
-            if all_finite(run, step, logged, grad_norm, micros):
+            if may_update(run, step, logged, grad_norm, micros):
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=ranks.world == 1)  # DDP keeps them in its buckets
-            write_log(run, step, lr, logged, grad_norm, n.tokens)
+            optimizer.zero_grad(set_to_none=ranks.world_size == 1)  # DDP keeps them in its buckets
+            write_log(run, step, lr, logged, grad_norm, total.tokens)
             save_state_if_due(run, step, student, optimizer)
             stop_if_asked(run, step, student, optimizer)
         save_student(run, student)
 
 
 def mimic_loss(
-    args: argparse.Namespace, batch: Batch, student: Head, teacher: Head | None, n: Counts
+    args: argparse.Namespace, batch: Batch, student: Head, teacher: Head | None, total: Counts
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L_D2D = KL and L_D2S = L_ar + KL                  Eqs. (6) and (7), arXiv 2408.15881"""
     instruction = teacher is not None and args.distill == "response+instruction"
-    n_kl = n.response + (n.prompt if instruction else 0)  # rows of the KL
+    n_kl = total.response + (total.prompt if instruction else 0)  # rows of the KL
 
     def objective(response, prompt):
-        l_ar = autoregressive_loss(response.log_s, response.y, 1 / n.response)
+        l_ar = autoregressive_loss(response.log_s, response.y, 1 / total.response)
         if teacher is None:
             return args.ar * l_ar, {"l_ar": l_ar}
         l_kl = response_kl(response.log_s, response.log_t, 1 / n_kl)
         l_kl = l_kl + prompt_kl(prompt.log_s, prompt.log_t, 1 / n_kl)
         return args.ar * l_ar + args.kl * l_kl, {"l_ar": l_ar, "l_kl": l_kl}
 
-    kinds = [batch.response, batch.prompt if instruction else None]
-    return over_rows(objective, kinds, batch.targets, student, teacher)
+    kinds = {"response": batch.response, "prompt": batch.prompt if instruction else None}
+    return over_rows(objective, kinds, batch.y, student, teacher)
 
 
 def log_p(batch: Batch, model: Head) -> Tensor:
-    """log pi(y|x) of every answer (2B,), summed over its tokens: Eq. (8) is not linear in the rows. The
-    logits are formed in chunks, and once more in the backward pass.
+    """log pi(y|x) of every answer (2B,), summed over its tokens. Eq. (8) is not linear in the rows, so it is
+    not itself an objective of `over_rows`; but it needs no more of them than this.
     """
-    (h, w), rows = model, batch.response
-
-    def of_chunk(h: Tensor, y: Tensor) -> Tensor:
-        z = h @ w.to(h.dtype).T  # (n, V)
-        return losses.log_probability(F.log_softmax(z.to(torch.promote_types(z.dtype, torch.float32)), -1), y)
-
-    chunks = zip(*(x[rows].split(max(1, CHUNK // len(w))) for x in (h, batch.targets)))
-    of_rows = torch.cat([checkpoint(of_chunk, *c, use_reentrant=False) for c in chunks])  # (N,)
-    return of_rows.new_zeros(len(rows)).index_add(0, rows.nonzero()[:, 0], of_rows)
+    of_row = lambda response: (log_probability(response.log_s, response.y), {})
+    rows, _ = over_rows(of_row, {"response": batch.response}, batch.y, model)  # (N,)
+    return rows.new_zeros(len(batch.y)).index_add(0, batch.response.nonzero()[:, 0], rows)
 
 
 def preference_loss(
-    args: argparse.Namespace, ratios: Tensor, ratio_sums: Tensor, batch: Batch, n: Counts
+    args: argparse.Namespace, ratios: Tensor, ratio_sums: Tensor, batch: Batch, total: Counts
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. (8) or KTO, the teacher being the reference; the mean over the pairs of the global batch.
 
     ratios      (2, B)  log pi_S(y|x) / pi_T(y|x) of chosen and rejected answers
     ratio_sums  (2,)    their sums over the global batch
     """
-    n_pairs = max(args.global_batch - n.bad, 1)  # that can be read; what means are divided by
+    n_pairs = max(args.global_batch - total.bad, 1)  # that can be read; what means are divided by
     weights = batch.response.any(1).chunk(2)[0] / n_pairs  # (B,), 0 for a pair whose image could not be read
     (chosen, rejected), (chosen_kl, rejected_kl) = ratios, kl_baseline(ratio_sums / n_pairs).to(ratios)
     margin = args.beta * (chosen - rejected).detach()  # of rewards beta x log-ratio
     if args.po == "dpo":
-        loss, inner = losses.dpo_loss(chosen, rejected, args.beta, weights), margin.unsqueeze(0)
+        loss, inner = dpo_loss(chosen, rejected, args.beta, weights), margin.unsqueeze(0)
     else:
-        loss = losses.kto_loss(chosen, rejected, chosen_kl, rejected_kl, args.beta, weights)
+        loss = kto_loss(chosen, rejected, chosen_kl, rejected_kl, args.beta, weights)
         inner = args.beta * torch.stack([chosen - rejected_kl, chosen_kl - rejected]).detach()
     saturated = ((torch.sigmoid(inner) - 0.5).abs() > 0.49).double().mean(0)  # below 1 % or above 99 %
     return loss, {"l_po": loss, "margin": (margin * weights).sum(), "saturated": (saturated * weights).sum(),

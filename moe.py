@@ -28,7 +28,7 @@ class Router(stock.Qwen2MoeTopKRouter):
 
     kind = "topk"
     real: Tensor | None = None  # (N,) of the coming batch: True at tokens, False at padding
-    keeps: bool = True  # whether r is kept: not when layers are recomputed, whose tensors it would keep alive
+    keeps: bool = True  # what follows; not in the backward pass, where layers may be computed again
     r: Tensor  # (N, E), the routing values of the last batch
     chosen: Tensor  # (N, k), and the experts
 
@@ -109,34 +109,38 @@ def prepare(student: Llava, kind: str = "topk") -> None:
     """Turn the stock routers and experts into `Router`s of this kind and `Experts`, with their weights."""
     for block in (layer.mlp for layer in student.language_model.layers):
         if isinstance(block, stock.Qwen2MoeSparseMoeBlock):
-            block.gate.__class__, block.experts.__class__, block.gate.kind = Router, Experts, kind
+            block.gate.__class__ = Router
+            block.gate.kind = kind
+            block.experts.__class__ = Experts
 
 
-def parts(student: Llava, kind: type) -> list[nn.Module]:
+def modules(student: Llava, kind: type) -> list[nn.Module]:
     """The student's `Router`s, or its `Experts`: one of each in a sparse layer."""
     return [m for m in student.language_model.modules() if isinstance(m, kind)]
 
 
-def route(student: Llava, attention_mask: Tensor | None) -> None:
-    """Tell all routers that a batch (B, T) comes, and which of its positions are tokens."""
-    for router in parts(student, Router):
+def watch(student: Llava, attention_mask: Tensor | None) -> None:
+    """Let all routers keep what they do with the coming batch (B, T), of which some positions are tokens."""
+    for router in modules(student, Router):
         router.real = None if attention_mask is None else attention_mask.flatten().bool()
         router.keeps = True
 
 
+def unwatch(student: Llava) -> None:
+    """From here on the routers keep nothing more: the backward pass comes."""
+    for router in modules(student, Router):
+        router.keeps = False
+
+
 def expert_load(student: Llava) -> Tensor:
     """How many tokens of the last batch each expert got, (sparse layers, E)."""
-    routers = parts(student, Router)
+    routers = modules(student, Router)
     return torch.stack([m.chosen[m.real].flatten().bincount(minlength=m.num_experts) for m in routers])
 
 
-def balance(student: Llava, load: Tensor, n_tokens: float) -> Tensor:
+def mean_balance_loss(student: Llava, load: Tensor, n_tokens: float) -> Tensor:
     """The last batch's share of the balance loss, averaged over sparse layers; load (sparse layers, E) holds
-    the experts' shares f_i of the tokens in the global batch, which has n_tokens. After this the routers keep
-    nothing until the next `route`.
+    the experts' shares f_i of the tokens in the global batch, which has n_tokens.
     """
-    losses = []
-    for router, f in zip(parts(student, Router), load.float()):
-        losses.append(balance_loss(router.r, f, router.real / n_tokens))
-        router.keeps = False
-    return torch.stack(losses).mean()
+    pairs = zip(modules(student, Router), load.float())
+    return torch.stack([balance_loss(router.r, f, router.real / n_tokens) for router, f in pairs]).mean()

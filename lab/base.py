@@ -22,7 +22,7 @@ from tqdm import trange
 
 from lab.world import BASE, COLORS, SHAPES, SIZE, Scene, ask, caption, draw_scene, paint
 from support.flags import new_parser
-from support.run import set_lr
+from support.state import set_lr
 
 
 def train(model: torch.nn.Module, steps: int, lr: float, loss_of: Callable[[], torch.Tensor]) -> None:

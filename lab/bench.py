@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lab.results import machine
 from losses import autoregressive_loss, relation_loss, response_kl, self_correlation, visual_kl
 from support.chat import Chat, turn
-from support.checks import load_stock
+from support.checkpoints import load_stock
 from support.chunks import gram, over_rows
 from support.flags import add_flags, cli, new_parser, positive, require
 from support.run import precision
@@ -53,9 +53,9 @@ def inputs(dtype: torch.dtype, trained: bool) -> dict[str, Tensor]:
     torch.manual_seed(0)
     x = {"h_s": torch.randn(N, D_S).to(dtype), "w_s": torch.randn(V, D_S, dtype=dtype).mul_(0.05)}
     x |= {"h_t": torch.randn(N, D_T).to(dtype), "w_t": torch.randn(V, D_T, dtype=dtype).mul_(0.03)}
-    x |= {"gram_t": gram(x["w_t"], x["w_s"]), "y": torch.randint(0, V, (N,)).masked_fill(~IS_TEXT, -100)}
+    x |= {"gram_t": gram(x["w_t"], V), "y": torch.randint(0, V, (N,)).masked_fill(~IS_TEXT, -100)}
     if not trained:
-        x["gram_s"] = gram(x["w_s"], x["w_t"])  # of a frozen head: once in a run
+        x["gram_s"] = gram(x["w_s"], V)  # of a frozen head: once in a run
     x["h_s"].requires_grad_()
     x["w_s"].requires_grad_(trained)
     # What only `products` fills; until then it takes no memory.
@@ -85,12 +85,13 @@ def ours(x: dict[str, Tensor]) -> Tensor:
         l_res = response_kl(response.log_s, response.log_t, 1 / N_TEXT)
         return l_reg + l_res + visual_kl(visual.log_s, visual.log_t, 1 / N_VISUAL), {}
 
-    gram_s = gram(x["w_s"], x["w_t"]) if x["w_s"].requires_grad else x["gram_s"]
-    heads = (x["h_s"], x["w_s"]), (x["h_t"], x["w_t"])
-    loss, _ = over_rows(objective, [IS_TEXT, ~IS_TEXT], x["y"], *heads)
+    gram_s = gram(x["w_s"], V) if x["w_s"].requires_grad else x["gram_s"]
+    heads = (x["h_s"][None], x["w_s"]), (x["h_t"][None], x["w_t"])
+    kinds = {"response": IS_TEXT[None], "visual": ~IS_TEXT[None]}
+    loss, _ = over_rows(objective, kinds, x["y"][None], *heads)
     r_s = self_correlation(x["h_s"][None, :N_VISUAL], gram_s)
     r_t = self_correlation(x["h_t"][None, :N_VISUAL], x["gram_t"])
-    return loss + GAMMA * relation_loss(r_s, r_t)
+    return loss + GAMMA * relation_loss(r_s, r_t, 1)
 
 
 @torch.no_grad()
@@ -100,7 +101,7 @@ def products(x: dict[str, Tensor]) -> None:
     torch.mm(x["h_s"], x["w_s"].T, out=x["z"])
     x["z"] @ x["w_s"]
     if x["w_s"].requires_grad:
-        torch.mm(x["z"].T, x["h_s"], out=x["d_w"]).addmm_(x["w_s"], gram(x["w_s"], x["w_t"]))
+        torch.mm(x["z"].T, x["h_s"], out=x["d_w"]).addmm_(x["w_s"], gram(x["w_s"], V))
 
 
 def losses_of(way: Callable, dtype: str, head: str, repeats: int) -> dict:

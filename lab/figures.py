@@ -57,12 +57,11 @@ def draw_experts(models: dict[str, str], world: Path, path: Path) -> None:
     for axis, (name, model) in zip(axes.flat, sparse.items()):
         batch, captions = read_batch(model, world)
         moe.prepare(model)
-        moe.route(model, batch.attention_mask)
+        moe.watch(model, batch.attention_mask)
         model(batch.input_ids, model.encode_images(batch.pixel_values))
-        router, kinds = moe.parts(model, moe.Router)[0], kinds_of(model, batch, captions).flatten()
-        chosen = [
-            router.chosen[kinds == k].flatten().bincount(minlength=router.num_experts) for k in range(6)
-        ]
+        router, kinds = moe.modules(model, moe.Router)[0], kinds_of(model, batch, captions).flatten()
+        n = router.num_experts
+        chosen = [router.chosen[kinds == k].flatten().bincount(minlength=n) for k in range(6)]
         shares = torch.stack([count / count.sum() for count in chosen])  # (kinds, E)
         axis.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
         for (k, e), share in zip(torch.cartesian_prod(*map(torch.arange, shares.shape)), shares.flatten()):
@@ -86,7 +85,7 @@ def draw_relations(models: dict[str, str], world: Path, path: Path) -> None:
         batch, _ = read_batch(model, world)
         z = model.encode_images(batch.pixel_values)
         h = model(batch.input_ids, z)[batch.visual].unflatten(0, z.shape[:2])  # (n, Np, D)
-        r = self_correlation(h, gram(model.lm_head.weight, model.lm_head.weight))
+        r = self_correlation(h, gram(model.lm_head.weight, len(model.lm_head.weight)))
         found[name] = r / r.flatten(1).norm(dim=1).view(-1, 1, 1)
     *_, teacher = found.values()
     rows, columns = -(-(len(found) + 1) // 5), min(5, len(found) + 1)
@@ -95,10 +94,10 @@ def draw_relations(models: dict[str, str], world: Path, path: Path) -> None:
     scene.imshow(batch.pixel_values[0].permute(1, 2, 0).numpy())
     scene.set_title("the scene, 4 x 4 patches", fontsize=9)
     for axis, (name, r) in zip(axes, found.items()):
-        axis.imshow(
-            r[0].numpy(), cmap="RdBu", vmin=-float(teacher[0].abs().max()), vmax=float(teacher[0].abs().max())
-        )
-        axis.set_title(f"{name}\nL_rel to the teacher {relation_loss(r, teacher):.3f}", fontsize=9)
+        most = float(teacher[0].abs().max())
+        axis.imshow(r[0].numpy(), cmap="RdBu", vmin=-most, vmax=most)
+        l_rel = relation_loss(r, teacher, 1 / len(r))
+        axis.set_title(f"{name}\nL_rel to the teacher {l_rel:.3f}", fontsize=9)
     for axis in (scene, *axes):
         axis.axis("off")
     figure.suptitle("R of LLaVA-KD's Eq. (4), between the patches", fontsize=10)

@@ -1,6 +1,6 @@
 """Look at a data set before a run: is it fit to train on, and which tokens are distilled?
 
-    python data.py llava_v1_5_mix665k.json --images IMAGES --model out/dpt --show 3
+    python -m lab.look llava_v1_5_mix665k.json --images IMAGES --model out/dpt --show 3
 
 The exit code is 0 if nothing that was found would stop a run, and the last line says how many samples would.
 """
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from data import Encoder, LlavaData
 from model import Llava
 from support.checks import check_images, load_image
-from support.flags import InputError, add_flags, cli, natural, new_parser, positive
+from support.flags import REQUIRED, InputError, add_flags, cli, natural, new_parser, positive
 from support.index import records
 
 LABELS = ("text alone", "one image", "several images", "images but no <image>", "left out by --max_len",
@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("data", metavar="FILE", help="samples or preference pairs, .json or .jsonl")
     add_flags(parser, "how to look", [
         ("--images", str, ".", "folder that the image paths in FILE start from"),
-        ("--model", str, ..., "LLaVA checkpoint, hub name or folder; its weights are not read"),
+        ("--model", str, REQUIRED, "LLaVA checkpoint, hub name or folder; its weights are not read"),
         ("--max_len", positive, 2048, "longest sequence in tokens, with all visual tokens"),
         ("--caption_only", bool, False, "images and answers alone, as in dpt.py"),
         ("--decode", natural, 1000, "samples, spread evenly, to read the images and count the tokens of; all "
@@ -71,7 +71,7 @@ def coloured(text: str, reader: int) -> str:
 
 def show(data: LlavaData, i: int) -> None:
     name, conversations, _ = data.sample(i)
-    for row, title in zip(data.code(conversations), ("", "with the rejected answer")):
+    for row, title in zip(data.encode(conversations), ("", "with the rejected answer")):
         batch = data.collate([{"name": name, "rows": [row], "pixels": None, "bad": None}])
         readers = (batch.response + 2 * batch.visual + 4 * batch.prompt)[0]
         kinds, lengths = readers.unique_consecutive(return_counts=True)

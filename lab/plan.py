@@ -22,7 +22,7 @@ import mod_distill
 import moe
 import sft
 from support import chunks
-from support.checks import loading
+from support.checkpoints import loading
 from support.flags import add_flags, cli, natural, new_parser, number, positive, require, to_argv
 from support.run import precision
 

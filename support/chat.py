@@ -84,11 +84,11 @@ class Chat:
         return self.tokenizer(text, add_special_tokens=self.begins(text))["input_ids"]
 
     def encode(self, messages: list[dict], last_only: bool = False) -> tuple[list[int], list[int]]:
-        """(token ids, targets): a position's target is the next token where that is learned, else IGNORE.
+        """(token ids, y): at each position the next token where that is learned, else IGNORE.
 
         Learned are all answers (or the last) and their end tokens; what comes behind the last is left out.
         """
-        text, told, ids, targets = "", "", [], []
+        text, told, ids, y = "", "", [], []
         for k, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -100,13 +100,13 @@ class Chat:
             before, given, ids = ids, self.ids(prompt), self.ids(text)
             apart = given[: len(before)] == before and ids[: len(given)] == given
             require(apart, f"the tokenizer joins an answer with the text beside it in {text[-200:]!r}")
-            targets += [IGNORE] * (len(ids) - len(targets))
+            y += [IGNORE] * (len(ids) - len(y))
             if message is messages[-1] or not last_only:
-                targets[len(given) - 1 : -1] = ids[len(given) :]
-                targets[-1] = IGNORE if self.end else self.end_id
+                y[len(given) - 1 : -1] = ids[len(given) :]
+                y[-1] = IGNORE if self.end else self.end_id
             if k + 1 < len(messages):
                 text, told = text + self.rest, self.render(messages[: k + 1])
-        return ids, targets
+        return ids, y
 
     def caption(self, messages: list[dict]) -> tuple[list[int], list[int]]:
         """As LLaVA's pre-training: the images and the answers, without the questions and the template."""

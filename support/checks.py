@@ -1,25 +1,15 @@
-"""Checking what the user brings: samples of several forms, their images, checkpoints."""
+"""Checking what the user brings: samples of several forms, and their images."""
 
 import contextlib
-import io
 import os
-import struct
-from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
-import transformers as hf
 from PIL import Image, ImageOps
-from torch import nn
 
 from support.chat import IMAGE_TOKEN, turn
 from support.flags import InputError, require
 
-hf.utils.logging.disable_progress_bar()  # the stages have one of their own
-hf.utils.logging.set_verbosity_error()  # what matters of loading is checked in `complete`
-
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # chunks that pixels are made of
 LONGEST = 200  # sides of an image whose ratio is larger are out of proportion
 
 
@@ -129,9 +119,7 @@ def load_image(where: str, image_root: str, path: str) -> Image.Image:
     full = os.path.normpath(os.path.join(image_root, path))  # as it was checked: "link/.." is elsewhere
     try:
         return as_rgb(Image.open(full))
-    except Exception as error:  # Pillow raises whatever its decoders do, also for a PNG's broken comment
-        with contextlib.suppress(Exception):
-            return as_rgb(Image.open(pixels_alone(full)))
+    except Exception as error:  # Pillow raises whatever its decoders do
         raise InputError(f"{where}: image {full} cannot be read ({error})") from None
 
 
@@ -153,77 +141,3 @@ def as_rgb(image: Image.Image) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-
-
-def pixels_alone(path: str) -> io.BytesIO:
-    """A PNG file without its comments, colour profiles and other parts that the pixels do not need."""
-    with open(path, "rb") as file:
-        kept = [file.read(8)]
-        while len(head := file.read(8)) == 8:
-            size, kind = struct.unpack(">I4s", head)
-            chunk = file.read(size + 4)  # with its checksum
-            kept += [head, chunk] if kind in PNG_KEPT else []
-    return io.BytesIO(b"".join(kept))
-
-
-def load_stock(path: str, dtype: torch.dtype, weights: bool = True) -> tuple[nn.Module, hf.LlavaProcessor]:
-    """Model and processor of a LLaVA-format checkpoint, or an InputError; without weights only its shapes."""
-    with loading(f"the checkpoint {path}"):
-        config = hf.AutoConfig.from_pretrained(path)
-        kind = config.model_type
-        require(kind == "llava", f"{path} holds a '{kind}' model: give a LLaVA-format checkpoint")
-        layer = config.vision_feature_layer
-        require(isinstance(layer, int), f"{path} reads several vision layers {layer}; only one is possible")
-        check_tower(path, config.vision_config)
-        processor = hf.AutoProcessor.from_pretrained(path)
-        ids = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), config.image_token_index
-        differ = "its tokenizer has {} as token {}, its config.json has image_token_index {}"
-        require(ids[0] == ids[1], f"{path}: {differ.format(IMAGE_TOKEN, *ids)}; they must be the same")
-        # How many tokens an image becomes is the model's to say: older files of processors leave it out.
-        processor.patch_size = config.vision_config.patch_size
-        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-        processor.num_additional_image_tokens = int(config.vision_config.model_type == "clip_vision_model")
-        with torch.device("cpu" if weights else "meta"):
-            model = hf.LlavaForConditionalGeneration
-            model = complete(path, model, dtype=dtype) if weights else model(config)
-        return model, processor
-
-
-def check_vocabularies(*models: tuple[str, hf.PreTrainedTokenizerBase]) -> None:
-    """Refuse two (name, tokenizer) where an id means two tokens; either may have more than the other."""
-    (name, a), (other, b) = ((name, tokenizer.get_vocab()) for name, tokenizer in models)
-    ids = {i: token for token, i in b.items()}
-    for token, i in a.items():
-        theirs, their_id = ids.get(i, token), b.get(token, i)
-        differ = f"{token!r} is id {i} for {name} and {their_id} for {other}, where {i} is {theirs!r}"
-        same = theirs == token and their_id == i
-        require(same, f"teacher and student must share the tokenizer: {differ}")
-
-
-def check_tower(path: str, config: hf.PretrainedConfig) -> None:
-    """Only towers that the model can run layer by layer."""
-    known = ("siglip_vision_model", "clip_vision_model")
-    kind = f"a '{config.model_type}' vision tower"
-    require(config.model_type in known, f"{path} has {kind}; SigLIP's (not SigLIP 2 NaFlex) and CLIP's work")
-
-
-def complete(path: str, kind: type, dtype: torch.dtype = torch.float32, **options: object) -> nn.Module:
-    """`kind.from_pretrained(path)`, or an InputError if any weight is missing there and would be random."""
-    options |= {"dtype": dtype, "output_loading_info": True, "use_safetensors": True}  # others can hold code
-    model, report = kind.from_pretrained(path, **options)
-    missing = [k for k in report["missing_keys"] if model.state_dict()[k].numel()]  # an empty one may be
-    lost = sorted(map(str, [*missing, *report["mismatched_keys"]]))
-    require(not lost, f"{path} lacks {len(lost)} of the model's weights, the first is {lost[:1]}")
-    return model
-
-
-@contextlib.contextmanager
-def loading(what: str) -> Iterator[None]:
-    """Whatever transformers says when it cannot load something, as one sentence."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # a missing file, a cut one, shapes that differ: each has a type of its own
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"cannot load {what}: {lines[0]}") from None

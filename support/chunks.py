@@ -5,17 +5,20 @@ are written on them hold several copies. So rows are walked in chunks: the logit
 objective of their log-probabilities is differentiated at once by autograd, and they are forgotten.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 1 << 25  # logits formed at a time: 220 rows of 151,936 ids; on a GPU ON_GPU times as many
-ON_GPU = 4
-BLOCK = 1 << 20  # logits that pointwise work passes over at a time on a CPU: they stay in its cache
+from support.flags import require
+
+CHUNK = 1 << 23  # logits formed at a time: 55 rows of 151,936 ids; on a GPU ON_GPU times as many
+ON_GPU = 16
 Head = tuple[Tensor, Tensor]  # hidden states (B, T, D) and the weight of the language-model head (V, D)
+Objective = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+_sums = set()  # (code, kind) of objectives that were seen to be sums over the rows of this kind
 
 
 class Rows(NamedTuple):
@@ -24,99 +27,155 @@ class Rows(NamedTuple):
     log_s: Tensor  # (N, V_s) the student's log-probabilities of the next token
     log_t: Tensor | None  # (N, V_t) the teacher's
     y: Tensor  # (N,) the next token where it is learned, else -100
+    extra: Tensor | None  # (N, ...) what else the stage says of each row
 
 
 def over_rows(
-    objective: Callable[..., tuple[Tensor, dict[str, Tensor]]], kinds: list[Tensor | None], y: Tensor,
-    student: Head, teacher: Head | None = None,
+    objective: Objective, kinds: dict[str, Tensor | None], y: Tensor, student: Head,
+    teacher: Head | None = None, extra: Tensor | None = None, learned: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss that `objective` returns and its terms for the log, over all rows of all kinds.
 
-    objective  a function of one `Rows` for each kind, which must be a sum over rows. It is called with a few
-               rows of one kind and none of the others, until all rows have passed
-    kinds      a mask (B, T) for each of its arguments; None for no rows
+    objective  a function of one `Rows` for each kind. It is called once per chunk. A chunk holds rows of one
+               kind; the arguments for the other kinds are then empty. It returns a *sum* over the rows it is
+               given, and terms that are such sums. (If the head is frozen, it may return a loss for each row
+               (N,) instead; then so does this.)
+    kinds      the names of its arguments, each with the mask (B, T) of its rows; None for no rows
     y          (B, T) the next token where it is learned, else -100
-    Logits and their gradients have the precision of the student's hidden states and of the teacher's head;
-    softmax and losses are fp32 (fp64 for an fp64 student). The gradients are ready when this returns: the
-    loss may be scaled, added to others and differentiated once (RuntimeError after that).
+    extra      (B, T, ...) anything that the objective wants to know of each row, such as a weight
+    learned    what else the objective learns: tensors that need a gradient, such as a temperature
+
+    Products have the precision of the student's hidden states and of the teacher's head; softmax and losses
+    are fp32 (fp64 for an fp64 student). The gradients are ready when this returns: the loss may be scaled,
+    added to others and differentiated once. InputError for an objective that is no sum over rows, or learns
+    what is not named.
     """
-    kinds = [torch.zeros_like(y, dtype=torch.bool) if kind is None else kind for kind in kinds]
-    pick = lambda x: torch.cat([x[kind] for kind in kinds])  # (N, ...), kind by kind
-    s = pick(student[0]), student[1]
-    t = (pick(teacher[0]).to(teacher[1].dtype), teacher[1]) if teacher else (None, None)
-    names, sizes = [], [int(kind.sum()) for kind in kinds]
-    loss, *terms = _OverRows.apply(objective, names, sizes, *s, *t, pick(y))
-    return loss, dict(zip(names, terms))
+    advice = "`extra` would get no gradient: detach it, or name what the objective learns in `learned`"
+    require(extra is None or not extra.requires_grad, advice)
+    none = y.new_zeros(0)
+    at = {name: none if mask is None else mask.flatten().nonzero()[:, 0] for name, mask in kinds.items()}
+    order = torch.cat([*at.values()])  # the numbers of all rows, kind by kind
+    pick = lambda x: None if x is None else x.flatten(0, 1).index_select(0, order)
+    (hidden, head), (t_hidden, t_head) = (pick(student[0]), student[1]), (None, None)
+    if teacher:
+        t_hidden, t_head = pick(teacher[0]).to(teacher[1].dtype), teacher[1]
+    y, extra, inputs = pick(y), pick(extra), (hidden, head, *learned)
+    h, w = hidden.detach(), head.detach().to(hidden.dtype)
+    full = torch.promote_types(h.dtype, torch.float32)
+    needed = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+    def rows(part: slice) -> tuple[Tensor, Rows]:
+        """Some rows' logits (n, V_s) of the student, a leaf for autograd; what the objective sees of them."""
+        z_s = (h[part] @ w.T).to(full).requires_grad_(needed)
+        log_t = None if t_head is None else F.log_softmax((t_hidden[part] @ t_head.T).to(full), dim=-1)
+        return z_s, Rows(F.log_softmax(z_s, dim=-1), log_t, y[part], None if extra is None else extra[part])
+
+    with torch.no_grad():
+        nothing = dict.fromkeys(kinds, rows(slice(0))[1])
+        loss, terms = objective(**nothing)
+    losses, totals = [loss.detach()], {name: value.detach() for name, value in terms.items()}
+    d_hidden = torch.zeros_like(h)
+    d_others = [torch.zeros_like(x) if x.requires_grad else None for x in inputs[1:]]
+    for name, part in _chunks(at, limit=max(1, CHUNK * (ON_GPU if head.is_cuda else 1) // len(head))):
+        z_s, mine = rows(part)
+        loss, terms = objective(**nothing | {name: mine})
+        _require_sum(objective, nothing, name, mine)
+        losses.append(loss.detach())
+        totals = {name: total + terms[name].detach() for name, total in totals.items()}
+        if not loss.requires_grad:
+            continue
+        _require_named(loss, (z_s, *learned))
+        d_z, *d_learned = torch.autograd.grad(loss.sum(), (z_s, *learned), materialize_grads=True)
+        d_z = d_z.to(h.dtype)
+        torch.mm(d_z, w, out=d_hidden[part])
+        if head.requires_grad and d_z.dtype == head.dtype:
+            d_others[0].addmm_(d_z.T, h[part])
+        elif head.requires_grad:  # products in bf16, their sum in fp32
+            d_others[0].add_(d_z.T @ h[part])
+        for total, d in zip(d_others[1:], d_learned):
+            total.add_(d)
+    loss = torch.cat(losses) if loss.dim() else sum(losses)
+    only = "a loss for each row has a gradient for hidden states alone: freeze the head, or return the sum"
+    require(not (loss.dim() and needed and any(x.requires_grad for x in inputs[1:])), only)
+    return _WithGradients.apply(loss, [d_hidden, *d_others], *inputs), totals
 
 
-class _OverRows(torch.autograd.Function):
+def _chunks(at: dict[str, Tensor], limit: int) -> Iterator[tuple[str, slice]]:
+    """Rows that lie kind by kind, in even chunks of at most `limit` rows."""
+    start = 0
+    for name, size in ((name, len(numbers)) for name, numbers in at.items()):
+        n = -(-size // limit)
+        yield from ((name, slice(start + size * k // n, start + size * (k + 1) // n)) for k in range(n))
+        start += size
+
+
+class _WithGradients(torch.autograd.Function):
+    """A loss whose gradients are known already."""
+
     @staticmethod
-    def forward(ctx, objective, names, sizes, hidden, head, t_hidden, t_head, y):
-        head_s, full, values = head.to(hidden.dtype), torch.promote_types(hidden.dtype, torch.float32), 0
-        d_hidden, d_head = torch.empty_like(hidden), None
-        if ctx.needs_input_grad[4]:
-            d_head = torch.zeros_like(head)
-        chunk, block = (CHUNK * ON_GPU, CHUNK * ON_GPU) if head.is_cuda else (CHUNK, BLOCK)
-        chunk, block = max(1, chunk // len(head)), max(1, block // len(head))
-        pieces = [(k, p) for k, size in enumerate(sizes) for p in _pieces(sum(sizes[:k]), size, chunk)]
-        largest = max(len(y[rows]) for _, rows in pieces)
-        out_s, out_t = (w if w is None else w.new_empty(largest, len(w)) for w in (head_s, t_head))
-        for kind, rows in pieces:
-            z_s = _logits(hidden[rows], head_s, out_s)  # (n, V_s)
-            z_t = None if t_head is None else _logits(t_hidden[rows], t_head, out_t)  # (n, V_t)
-            for part in _pieces(0, len(z_s), block):
-                with torch.enable_grad():
-                    leaf = z_s[part].to(full).requires_grad_()
-                    log_t = None if z_t is None else F.log_softmax(z_t[part].to(full), dim=-1)
-                    mine = Rows(F.log_softmax(leaf, dim=-1), log_t, y[rows][part])
-                    none = Rows(*(x if x is None else x.detach()[:0] for x in mine))
-                    loss, terms = objective(*(mine if k == kind else none for k in range(len(sizes))))
-                    z_s[part] = torch.autograd.grad(loss, leaf)[0] if loss.requires_grad else 0
-                values = values + torch.stack([loss, *terms.values()]).detach()
-            torch.mm(z_s, head_s, out=d_hidden[rows])  # z_s now holds d loss / d z_s
-            if d_head is not None and d_head.dtype == z_s.dtype:
-                d_head.addmm_(z_s.T, hidden[rows])
-            elif d_head is not None:  # products in bf16, their sum in fp32
-                d_head.add_(z_s.T @ hidden[rows])
-        names[:], ctx.gradients = terms, (d_hidden, d_head)
-        loss, *terms = values.unbind()
-        ctx.mark_non_differentiable(*terms)
-        return loss, *terms
+    def forward(ctx, loss, gradients, *inputs):
+        ctx.gradients = gradients
+        return loss.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_loss, *_):
+    def backward(ctx, d_loss):
         if ctx.gradients is None:
             raise RuntimeError("over_rows keeps its gradients for one backward pass, and this is a second")
         gradients, ctx.gradients = ctx.gradients, None
-        d_hidden, d_head = (g if g is None or d_loss == 1 else g.mul_(d_loss) for g in gradients)
-        return None, None, None, d_hidden, d_head, None, None, None
+        scale = d_loss.unsqueeze(-1) if d_loss.dim() else d_loss
+        return None, None, *(g if g is None else g.mul_(scale) for g in gradients)
 
 
-def _pieces(start: int, size: int, limit: int) -> list[slice]:
-    """`size` rows from `start` on in even pieces of at most `limit`; no rows are one empty piece."""
-    n = max(1, -(-size // limit))
-    return [slice(start + size * k // n, start + size * (k + 1) // n) for k in range(n)]
+def _require_sum(objective: Objective, nothing: dict[str, Rows], kind: str, rows: Rows) -> None:
+    """Refuse, once for each kind, an objective of a few rows that is not the sum of those of their halves."""
+    known = getattr(objective, "__code__", objective), kind
+    if known in _sums or len(rows.y) < 2:
+        return
+    few = Rows(*(x if x is None else x[:8].detach() for x in rows))
+    few = few._replace(log_s=few.log_s.flip(0))  # beside another row's teacher: no loss is 0 by chance
+
+    @torch.no_grad()
+    def of(part: slice) -> dict[str, float]:
+        loss, terms = objective(**nothing | {kind: Rows(*(x if x is None else x[part] for x in few))})
+        return {"the objective": loss.sum().item()} | {name: value.item() for name, value in terms.items()}
+
+    half = len(few.y) // 2
+    none, whole, a, b = (of(slice(*ends)) for ends in ((0, 0), (0, 8), (0, half), (half, 8)))
+    for name in whole:
+        off = abs(whole[name] - a[name] - b[name])
+        is_sum = not off > 1e-3 * (abs(a[name]) + abs(b[name]))  # NaN is another fault, found later
+        values = f"{whole[name]:.4g}, of its halves {a[name]:.4g} and {b[name]:.4g}, of none {none[name]:.4g}"
+        advice = "take no mean, but divide by the rows of the global batch, as 1 / total.response does"
+        what = f"{name} of {len(few.y)} {kind} rows is {values}: it must be a sum over rows"
+        require(is_sum and none[name] == 0, f"{what}; {advice}")
+    _sums.add(known)
 
 
-def _logits(hidden: Tensor, head: Tensor, out: Tensor) -> Tensor:
-    """hidden (n, D) head^T -> (n, V) in `out`; on a CPU some ids at a time, which is faster for few rows."""
-    out, ids = out[: len(hidden)], len(head) if head.is_cuda else 1024
-    for z, w in zip(out.split(ids, dim=1), head.split(ids)):
-        torch.mm(hidden, w.T, out=z)
-    return out
+def _require_named(loss: Tensor, known: tuple[Tensor, ...]) -> None:
+    """Refuse a loss whose graph leads to a tensor that needs a gradient and is not `known`."""
+    seen, nodes = {x.grad_fn for x in known}, [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [function for function, _ in node.next_functions]
+        leaf = getattr(node, "variable", known[0])
+        lost = f"the objective learns a tensor of shape {tuple(leaf.shape)}, which would get no gradient"
+        advice = "name it in over_rows(..., learned=(it,)), or detach it"
+        require(any(leaf is x for x in known), f"{lost}: {advice}")
 
 
 class _Gram(torch.autograd.Function):
     @staticmethod
     def forward(ctx, head, n_ids):
         ctx.head, ctx.n_ids = head, n_ids  # no saved tensors: every micro-batch goes back through it
-        width, full = head.shape[1], torch.promote_types(head.dtype, torch.float32)
-        g = head.new_zeros(width, width, dtype=full)
+        full = torch.promote_types(head.dtype, torch.float32)
+        g = head.new_zeros(head.shape[1], head.shape[1], dtype=full)
         for w in head[:n_ids].split(1 << 14):
-            for i in range(0, width, 256):  # G is symmetric: its upper triangle of blocks is enough
-                g[i : i + 256, i:].addmm_(w[:, i : i + 256].T.to(full), w[:, i:].to(full))
-        return g.triu() + g.triu(1).T
+            g.addmm_(w.T.to(full), w.to(full))
+        return g
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -126,6 +185,6 @@ class _Gram(torch.autograd.Function):
         return d_head, None
 
 
-def gram(head: Tensor, other: Tensor) -> Tensor:
-    """G = W^T W (D, D) of a head W (V, D), in fp32, over the ids that the `other` head has too."""
-    return _Gram.apply(head, min(len(head), len(other)))
+def gram(head: Tensor, n_ids: int) -> Tensor:
+    """G = W^T W (D, D) of the first `n_ids` rows of a head W (V, D), in fp32."""
+    return _Gram.apply(head, n_ids)

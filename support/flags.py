@@ -38,6 +38,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
     return a_number
 
 
+REQUIRED = ...  # as the default of a flag: it must be given
 natural, positive, weight, share = number(int, 0), number(int, 1), number(float, 0), number(float, 0, 1)
 
 
@@ -46,14 +47,15 @@ def new_parser(doc: str) -> argparse.ArgumentParser:
 
 
 def add_flags(parser: argparse.ArgumentParser, title: str, rows: list[tuple]) -> None:
-    """A group of flags, each (name, kind, default, help); a default of ... makes the flag required.
+    """A group of flags, each (name, kind, default, help).
 
     Kinds: a type; a tuple of choices, one of them; a list of choices, any of them; [str], one or more words.
     """
     group = parser.add_argument_group(title)
     for name, kind, default, text in rows:
-        shown = "" if default in (..., None, "") else f" (default: {default})".replace("%", "%%")
-        options = {"help": text + shown} | ({"required": True} if default is ... else {"default": default})
+        shown = "" if default in (REQUIRED, None, "") else f" (default: {default})".replace("%", "%%")
+        options = {"help": text + shown}
+        options |= {"required": True} if default is REQUIRED else {"default": default}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(kind, list):
@@ -79,30 +81,38 @@ def add_student_flags(parser: argparse.ArgumentParser, llm: str) -> None:
     add_flags(parser, "student", [
         ("--vision", str, None, "vision tower of a new student, hub name or folder; SigLIP-so400m-384"),
         ("--llm", str, None, f"language model of a new student, hub name or folder; paper: {llm}"),
-        ("--student", str, None, "LLaVA checkpoint to train, instead of --vision and --llm"),
+        ("--student", str, None, "LLaVA checkpoint that is trained, instead of --vision and --llm"),
         ("--template", ("teacher", "own"), "teacher", "whose chat template, tokenizer and image "
          "preparation a new student has; without a teacher this project's own"),
     ])
 
 
-def add_kd_flags(parser: argparse.ArgumentParser, gamma: float, relation: str, source: str) -> None:
-    """The weights of Eqs. (6) and (7) of LLaVA-KD, with the default weight and form of the relation loss."""
+def add_kd_flags(parser: argparse.ArgumentParser, alpha: float, beta: float, gamma: float, relation: str,
+                 source: str) -> None:
+    """The weights of Eqs. (6) and (7) of LLaVA-KD and the form of L_rel, with a stage's own defaults."""
     add_flags(parser, "distillation", [
         ("--teacher_dtype", ("auto", "bf16", "fp32"), "auto", "of the teacher's weights; auto: as --dtype"),
         ("--targets", ["response", "visual", "prompt"], ["response", "visual"],
          "rows whose distribution is distilled (MDist); KD Table 4"),
-        ("--alpha", weight, 1.0, f"weight of L_res (CKD: L_txt); {source}"),
-        ("--beta", weight, 1.0, f"weight of L_vis; {source}"),
+        ("--alpha", weight, alpha, f"weight of L_res (CKD: L_txt); {source}"),
+        ("--beta", weight, beta, f"weight of L_vis; {source}"),
         ("--gamma", weight, gamma, f"weight of L_rel (RDist; CKD: L_cos), 0: off; {source}"),
         ("--relation", ("matrix", "columns"), relation, "L_rel of R whole, KD Eq. 5; by column, CKD Eq. 6"),
         ("--delta", weight, 1.0, "weight of the prompt's KL, if it is a target"),
     ])
 
 
-def add_training_flags(parser: argparse.ArgumentParser, lr: float, batch: int, source: str) -> None:
+def kd_weights(args: argparse.Namespace) -> tuple[float, float, float]:
+    """alpha, beta, delta: the weights of L_res, L_vis, L_prompt, 0 for rows that --targets leaves out."""
+    weights = {"response": args.alpha, "visual": args.beta, "prompt": args.delta}
+    return tuple(weight if kind in args.targets else 0.0 for kind, weight in weights.items())
+
+
+def add_training_flags(parser: argparse.ArgumentParser, lr: float, batch: int, epochs: int, warmup: float,
+                       source: str) -> None:
     """The flags that every stage has, with the stage's own defaults; `source` says where those come from."""
     add_flags(parser, "data", [
-        ("--data", str, ..., "training samples in LLaVA format, .json or .jsonl"),
+        ("--data", str, REQUIRED, "training samples in LLaVA format, .json or .jsonl"),
         ("--images", str, ".", "folder that the image paths in DATA start from"),
         ("--max_len", positive, 2048, "longest sequence in tokens, with all visual tokens; as LLaVA-1.5"),
         ("--group_by_modality", bool, True, "image and text-only samples in separate batches; as LLaVA-1.5"),
@@ -113,9 +123,9 @@ def add_training_flags(parser: argparse.ArgumentParser, lr: float, batch: int, s
         ("--lr", weight, lr, f"peak learning rate; {source}"),
         ("--global_batch", positive, batch, f"samples per optimizer step, over all ranks; {source}"),
         ("--micro_batch", positive, 4, "samples per rank and forward pass: as many as fit into memory"),
-        ("--epochs", positive, 1, "passes over the data; as in the papers"),
+        ("--epochs", positive, epochs, "passes over the data; as in the papers"),
         ("--max_steps", natural, 0, "end after this many steps, 0: no limit"),
-        ("--warmup", share, 0.03, "share of the steps in which the rate rises, then a cosine; as LLaVA-1.5"),
+        ("--warmup", share, warmup, "share of steps in which the rate rises, then a cosine; as LLaVA-1.5"),
         ("--weight_decay", weight, 0.0, "AdamW's; as LLaVA-1.5"),
         ("--max_grad_norm", weight, 1.0, "clip gradients to this norm, 0: off; as TinyLLaVA's trainer"),
         ("--seed", number(int, 0, 2**63 - 1), 0, "of new weights, the order of samples and router noise"),
@@ -124,7 +134,7 @@ def add_training_flags(parser: argparse.ArgumentParser, lr: float, batch: int, s
         ("--shard", ("none", "optimizer"), "none", "optimizer: each rank keeps a share of AdamW's state"),
     ])
     add_flags(parser, "the run", [
-        ("--out", str, ..., "folder for the checkpoint and log.jsonl"),
+        ("--out", str, REQUIRED, "folder for the checkpoint and log.jsonl"),
         ("--save_every", natural, 1000, "steps between training states in OUT/state, 0: only on a signal"),
         ("--keep", positive, 2, "training states to keep"),
         ("--resume", bool, None, "default: an interrupted run in OUT goes on if its code is unchanged; "

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from support.chat import CHAT_TEMPLATE, IMAGE_TOKEN
-from support.checks import check_tower, check_vocabularies, complete, load_stock, loading
+from support.checkpoints import check_tower, check_vocabularies, complete, load_stock, loading
 from support.flags import require
 
 
@@ -41,8 +41,8 @@ def new_llava(vision: str, llm: str, teacher: str | None = None) -> tuple[nn.Mod
         if kind(theirs.config.vision_config) == kind(tower_config):
             image_processor = processor.image_processor
             theirs_n, n = theirs.config.vision_config.num_hidden_layers, tower_config.num_hidden_layers
-            read = range(theirs_n + 1)[theirs.config.vision_feature_layer]  # published towers end there
-            layer = min(read, n) - n - 1
+            n_read = theirs.config.vision_feature_layer % (theirs_n + 1)  # published towers may end there
+            layer = min(n_read, n) - n - 1
             select = theirs.config.vision_feature_select_strategy
     else:
         tokenizer.add_tokens(hf.AddedToken(IMAGE_TOKEN, special=True, normalized=False))
@@ -63,11 +63,8 @@ def new_llava(vision: str, llm: str, teacher: str | None = None) -> tuple[nn.Mod
     )
     with torch.device("meta"):
         llava = hf.LlavaForConditionalGeneration(config)
-    llava.model.vision_tower, llava.model.language_model, llava.lm_head = (
-        tower,
-        language.model,
-        language.lm_head,
-    )
+    llava.model.vision_tower, llava.model.language_model = tower, language.model
+    llava.lm_head = language.lm_head
     llava.model.multi_modal_projector = LlavaMultiModalProjector(config)  # two layers with a GELU between
     return llava, processor
 

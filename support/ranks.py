@@ -23,35 +23,31 @@ PATIENCE = timedelta(hours=6)  # rank 0 may work that long while others wait: an
 
 
 class Ranks:
-    """This process's place in the run: `rank` of `world`, on `device`. Made by `process_group`."""
+    """This process's place in the run: `rank` of `world_size`, on `device`. Made by `process_group`."""
 
     def __init__(self, device: torch.device):
-        self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
+        self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
         self._ddp, self._handlers, self._signals = None, {}, []
 
     def sum(self, numbers: Tensor) -> Tensor:
-        """The sum of all ranks' tensors, in place."""
+        """The sum of all ranks' tensors; it is also written into the given one."""
         dist.all_reduce(numbers)
         return numbers
 
-    def gather(self, text: str) -> list[str]:
-        """Every rank's text."""
-        mine, sizes = torch.tensor(list(text.encode())), torch.zeros(self.world, dtype=torch.long)
-        sizes[self.rank] = len(mine)
-        sizes = self.sum(sizes.to(self.device)).tolist()
-        table = torch.zeros(self.world, max(sizes), dtype=torch.long)
-        table[self.rank, : len(mine)] = mine
-        return [bytes(row[:n]).decode() for row, n in zip(self.sum(table.to(self.device)).tolist(), sizes)]
+    def gather(self, mine: object) -> list:
+        """Every rank's object."""
+        everyone = [None] * self.world_size
+        dist.all_gather_object(everyone, mine)
+        return everyone
 
     def data_parallel(self, student: nn.Module) -> Callable[..., Tensor]:
         """The student's forward pass under DDP; for a single rank, which has no others, the student itself.
-
         The wrapper lives here, so that it is gone before the process group: else a run can hang at its end.
         """
-        if self.world == 1:
+        if self.world_size == 1:
             return student
         self._ddp = DistributedDataParallel(student, forward_sync_buffers=False, gradient_as_bucket_view=True)
-        return lambda *inputs: self._ddp(*inputs)
+        return lambda *inputs, **options: self._ddp(*inputs, **options)
 
     def exchange_gradients(self, now: bool) -> contextlib.AbstractContextManager:
         """Around a forward pass: whether its backward pass ends with the mean of gradients over ranks."""
@@ -106,11 +102,10 @@ def process_group() -> Iterator[Ranks]:
 
 
 def name_of_attempt(store: dist.Store, rank: int, world: int) -> str:
-    """A name that all ranks of this attempt share, and no earlier attempt had.
-
-    In torchrun's store restarted ranks find what the dead ones left, also their addresses, so each attempt
-    needs a prefix of its own. (torchrun's count of restarts is none: every node has its own.) So each rank
-    writes a random word, and the name is all of them. With a word of the dead in it, not all can confirm it.
+    """A name for this attempt, the same on all ranks and never used before: restarted ranks find in
+    torchrun's store what dead ones left there. (The count of restarts is no name: every node has its own.)
+    Each rank publishes a random word; all words together are the name. If a word was left by a crashed
+    attempt, some rank reads another name than the others, and all look again.
     """
     confirmed = None
     store.set(f"word {rank}", os.urandom(4).hex())

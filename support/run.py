@@ -35,6 +35,7 @@ class Run:
     out: Path
     identity: dict  # stage, flags and code: what makes it this run
     dtype: torch.dtype  # precision of the arithmetic
+    teacher_dtype: torch.dtype  # of the teacher's weights
     finished: bool = False  # whether OUT holds this very run, finished
     bad: set[str] = field(default_factory=set)  # what was wrong with each sample that was left out
     n_bad_steps: int = 0  # updates left out because they were not finite
@@ -69,13 +70,14 @@ def open_run(args: argparse.Namespace, stage: str, ranks: Ranks, script: str) ->
     """The run that `args` ask for. Looks into OUT and changes nothing there. Raises InputError if OUT holds
     another run, this run by other code, or something else, or if the global batch cannot be divided.
     """
-    at_once = args.micro_batch * ranks.world
-    parts = f"multiple of --micro_batch {args.micro_batch} x {ranks.world} ranks = {at_once}"
+    at_once = args.micro_batch * ranks.world_size
+    parts = f"multiple of --micro_batch {args.micro_batch} x {ranks.world_size} ranks = {at_once}"
     require(args.global_batch % at_once == 0, f"--global_batch {args.global_batch} is not a {parts}")
     flags = {k: v for k, v in vars(args).items() if k not in FREE.split()}
     identity = json.loads(json.dumps({"stage": stage} | flags | {"code": code_of(script)}))
     dtype = precision(args.dtype, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
-    run = Run(args, ranks, Path(args.out), identity, dtype)
+    teacher_dtype = precision(getattr(args, "teacher_dtype", "auto"), dtype)
+    run = Run(args, ranks, Path(args.out), identity, dtype, teacher_dtype)
     if (run.out / "run.json").exists():
         run.finished = is_finished(run.out, identity, args.resume) and args.resume is not False
     else:
@@ -105,23 +107,39 @@ def is_finished(out: Path, now: dict, resume: bool | None) -> bool:
     return finished
 
 
-def begin(run: Run, student: nn.Module, data, n_steps: int, first: int) -> None:
-    """Take OUT for this run, cut its log to the `first` steps that are done, say what will be trained."""
-    args, stage, log = run.args, run.identity["stage"], run.out / "log.jsonl"
+def start_run(run: Run, student: nn.Module, data, n_steps: int, first: int) -> None:
+    """Take OUT for this run, of which `first` steps are done; say what will be trained; show a bar."""
     dist.barrier()  # every rank has looked into the folder before one writes
     if run.ranks.rank == 0:
-        lines = log.read_text().splitlines(keepends=True)[:first] if first else []
-        if not first:
-            shutil.rmtree(run.out / "state", ignore_errors=True)
-        run.out.mkdir(parents=True, exist_ok=True)
-        log.write_text("".join(lines))
-        write_identity(run, seconds=None)
+        take_folder(run, first)
+    leave_out(run, data.bad)
+    describe(run, student, data, n_steps)
+    if first:
+        run.say(f"  goes on after step {first}")
+    quiet, run.started, run.clock = run.ranks.rank != 0, time.perf_counter(), time.perf_counter()
+    how = {"desc": run.identity["stage"], "disable": quiet, "mininterval": 1.0}
+    run.bar = tqdm(total=n_steps, initial=first, **how)
+
+
+def take_folder(run: Run, first: int) -> None:
+    """Write whose OUT is, and cut its log to the `first` steps; without any, its states are removed."""
+    log = run.out / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True)[:first] if first else []
+    if not first:
+        shutil.rmtree(run.out / "state", ignore_errors=True)
+    run.out.mkdir(parents=True, exist_ok=True)
+    log.write_text("".join(lines))
+    write_identity(run, seconds=None)
+
+
+def describe(run: Run, student: nn.Module, data, n_steps: int) -> None:
+    """Say what is trained, on what and where."""
+    args, stage = run.args, run.identity["stage"]
     left_out = f", {data.n_too_long} more have prompts longer than --max_len" if data.n_too_long else ""
     run.say(f"{stage}: {n_steps} steps of {args.global_batch} of {len(data)} samples{left_out}")
     if data.n_unmarked:
         run.say(f"  {data.n_unmarked} samples have images but no <image>: they go first in the question")
-    leave_out(run, data.bad)
-    where = f"{run.ranks.world} rank(s) on {run.ranks.device.type}, {args.micro_batch} samples at a time"
+    where = f"{run.ranks.world_size} rank(s) on {run.ranks.device.type}, {args.micro_batch} samples at a time"
     run.say(f"  {where}, {str(run.dtype)[6:]}")
     seen = set()  # a tied head is the embedding's weight
     for name, part in student.named_children():
@@ -129,10 +147,6 @@ def begin(run: Run, student: nn.Module, data, n_steps: int, first: int) -> None:
         seen.update(mine)
         n = [sum(p.numel() for p in mine if p.requires_grad == on) for on in (True, False)]
         run.say(f"  {name:22s} trained {n[0]:>13,d}   frozen {n[1]:>13,d}")
-    if first:
-        run.say(f"  goes on after step {first}")
-    quiet, run.started, run.clock = run.ranks.rank != 0, time.perf_counter(), time.perf_counter()
-    run.bar = tqdm(total=n_steps, initial=first, desc=stage, disable=quiet, mininterval=1.0)
 
 
 def write_identity(run: Run, seconds: float | None) -> None:
@@ -141,22 +155,11 @@ def write_identity(run: Run, seconds: float | None) -> None:
     os.replace(run.out / ".run.json", run.out / "run.json")
 
 
-def set_lr(optimizer: torch.optim.Optimizer, step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up over ceil(warmup x steps) steps, then a cosine to zero; `step` counts from 0."""
-    n_warm = math.ceil(warmup * steps)
-    lr = peak * (step + 1) / max(n_warm, 1)
-    if step >= n_warm:
-        lr = peak * 0.5 * (1 + math.cos(math.pi * (step - n_warm) / max(steps - n_warm, 1)))
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
-
-
 def check_samples(run: Run, micros: list, n_bad: float) -> None:
     """Name the step's samples that cannot be read, each once in a run; more than --skip_bad end the run."""
     if n_bad:
-        everyone = run.ranks.gather(json.dumps([message for batch in micros for message in batch.bad]))
-        leave_out(run, [message for mine in everyone for message in json.loads(mine)])
+        everyone = run.ranks.gather([message for batch in micros for message in batch.bad])
+        leave_out(run, [message for mine in everyone for message in mine])
 
 
 def leave_out(run: Run, messages: list[str]) -> None:
@@ -168,14 +171,17 @@ def leave_out(run: Run, messages: list[str]) -> None:
         run.say(f"left out ({counts}): {message}", sys.stderr)
 
 
-def all_finite(run: Run, step: int, losses: list[dict[str, Tensor]], grad_norm: Tensor, micros: list) -> bool:
-    """Whether gradient and losses of all ranks are finite; an InputError after too many that are not."""
-    rank, bad = run.ranks.rank, torch.zeros(run.ranks.world + 1, device=run.ranks.device)
+def may_update(run: Run, step: int, losses: list[dict[str, Tensor]], grad_norm: Tensor, micros: list) -> bool:
+    """Whether the gradient and the losses of all ranks are finite. If not, it is said and counted, and an
+    InputError after too many.
+    """
+    rank, bad = run.ranks.rank, torch.zeros(run.ranks.world_size + 1, device=run.ranks.device)
     bad[rank] = not math.isfinite(sum(terms["loss"].item() for terms in losses))  # of each rank
     bad[-1] = not math.isfinite(grad_norm.item())
-    if not run.ranks.sum(bad).any():
+    bad = run.ranks.sum(bad).tolist()
+    if not any(bad):
         return True
-    which = [str(k) for k in range(run.ranks.world) if bad[k]]
+    which = [str(k) for k in range(run.ranks.world_size) if bad[k]]
     what = f"step {step}: the {'loss of rank ' + ', '.join(which) if which else 'gradient'} is not finite"
     if bad[rank] or not which:
         what += f"; rank {rank} had {', '.join(name for batch in micros for name in batch.names)}"
@@ -184,6 +190,13 @@ def all_finite(run: Run, step: int, losses: list[dict[str, Tensor]], grad_norm: 
     require(run.n_bad_steps <= run.args.max_bad_steps, f"{what}; {limit}")
     tqdm.write(f"{what}; update left out, {run.n_bad_steps} so far", file=sys.stderr)
     return False
+
+
+def seed_step(run: Run, step: int) -> None:
+    """Seed what is random in a step (router noise; a fork's own draws): the same after an interruption, and
+    other numbers on every rank. Python's hash of integers is the same in every process.
+    """
+    torch.manual_seed(hash((run.args.seed, step, run.ranks.rank)))
 
 
 def write_log(run: Run, step: int, lr: float, losses: list, grad_norm: Tensor, tokens: float) -> None:

@@ -1,14 +1,15 @@
 """Training state on disk: what a run needs to go on exactly where it was. A file is whole or not there.
 
-A state is one file, `state/step-00000100.<sha256 of its bytes>.pt`: written beside, flushed to the disk and
-renamed, so that the one before it stays good until this one is complete, and any change of its bytes shows.
-Weights and optimizer are in it; random numbers depend on seed, step and rank alone.
+A state is one file, `state/step-00000100.pt`: written beside, flushed to the disk and renamed, so that the
+one before it stays good until this one is complete. torch.save writes a zip file, whose checksums tell a
+damaged one. In it are the optimizer, what is trained, and what a stage has hung on the student beside its
+four parts: an adapter, a moving average, a number in a buffer. Random numbers depend on seed, step and rank.
 """
 
-import hashlib
-import io
+import math
 import os
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from support.flags import InputError, require
 from support.ranks import STOPPED, Ranks
 from support.run import Run
 
+PARTS = "vision_tower", "language_model", "multi_modal_projector", "lm_head"  # of a Llava
+ATTRIBUTES = "training", "config", "processor", "chat"  # that it has besides: none of them changes
 
 def make_optimizer(run: Run, trained: list[nn.Parameter], betas: tuple = (0.9, 0.999)) -> Optimizer:
     """AdamW; with --shard optimizer every rank keeps the moments of its share of the weights alone."""
@@ -32,18 +35,51 @@ def make_optimizer(run: Run, trained: list[nn.Parameter], betas: tuple = (0.9, 0
     return Sharded(trained, AdamW, **options, fused=run.ranks.device.type != "cuda")
 
 
+def set_lr(optimizer: Optimizer, step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear warm-up over ceil(warmup x steps) steps, then a cosine to zero; `step` counts from 0. A group of
+    weights may have a "scale" of its own.
+    """
+    n_warm = math.ceil(warmup * steps)
+    lr = peak * (step + 1) / max(n_warm, 1)
+    if step >= n_warm:
+        lr = peak * 0.5 * (1 + math.cos(math.pi * (step - n_warm) / max(steps - n_warm, 1)))
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("scale", 1.0)
+    return lr
+
+
+def kept(student: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """The student's tensors that a state holds, by name: those that are trained, and all that are in none of
+    its four parts. An InputError for what would be lost.
+    """
+    tensors = dict(student.named_parameters()) | dict(student.named_buffers())
+    mine = {k: x for k, x in tensors.items() if x.requires_grad or k.split(".")[0] not in PARTS}
+    updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    idle = "".join([name for name, p in mine.items() if p.requires_grad and id(p) not in updated][:1])
+    advice = "make it before `trained` is listed, or set requires_grad_(False)"
+    require(not idle, f"student.{idle} needs a gradient, but the optimizer does not have it: {advice}")
+    foreign = len(updated - {id(p) for p in mine.values()})
+    lost = "neither would ranks share their gradients nor a state hold them"
+    advice = "hang them on it before `trained` is listed, as student.adapter = nn.Linear(8, 8)"
+    require(not foreign, f"{foreign} tensors in the optimizer are not the student's: {lost}; {advice}")
+    loose = "".join([name for name in vars(student) if name[0] != "_" and name not in ATTRIBUTES][:1])
+    advice = "make it a module, an nn.Parameter, or a buffer by register_buffer(name, torch.tensor(value))"
+    require(not loose, f"student.{loose} would not survive an interruption: {advice}")
+    return mine
+
+
 def load_state(run: Run, student: nn.Module, optimizer: Optimizer) -> int:
     """Set student and optimizer to the newest sound state in OUT. Returns the number of steps done."""
+    mine = kept(student, optimizer)  # what cannot be kept is refused before the first step
     path = None if run.args.resume is False else newest_sound(run.out / "state", run.ranks)
     if path is None:
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # not a copy for each rank
-    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
-    same = trained.keys() == state["parameters"].keys()
+    same = mine.keys() == state["student"].keys()
     require(same, "the training state is of another model: take another --out or delete this one")
     with torch.no_grad():
-        for name, p in trained.items():
-            p.copy_(state["parameters"][name])
+        for name, x in mine.items():
+            x.copy_(state["student"][name])
     for saved, group in zip(state["optimizer"]["param_groups"], optimizer.param_groups):
         saved["fused"] = group["fused"]  # this run's: device and --shard may have changed
     optimizer.load_state_dict(state["optimizer"])
@@ -71,38 +107,26 @@ def stop_if_asked(run: Run, step: int, student: nn.Module, optimizer: Optimizer)
 def save_state(run: Run, done: int, student: nn.Module, optimizer: Optimizer) -> None:
     """Write the state after `done` steps, on rank 0, and remove all but the newest --keep."""
     folder, beside = run.out / "state", run.out / "state" / ".writing"
-    trained = {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
+    mine = {name: x.detach() for name, x in kept(student, optimizer).items()}
     if run.args.shard == "optimizer":
         optimizer.consolidate_state_dict()  # on rank 0: what is saved is a plain AdamW's
     try:
         if run.ranks.rank == 0:
-            state = {"step": done, "parameters": trained, "optimizer": optimizer.state_dict(),
+            state = {"step": done, "student": mine, "optimizer": optimizer.state_dict(),
                      "bad": sorted(run.bad), "n_bad_steps": run.n_bad_steps}
             folder.mkdir(parents=True, exist_ok=True)
-            with Hashing(beside) as file:
+            with open(beside, "wb") as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(beside, folder / f"step-{done:08d}.{file.sha256.hexdigest()}.pt")
+            os.replace(beside, folder / f"step-{done:08d}.pt")
             for old in states(folder)[run.args.keep :]:
                 old.unlink()
     except (OSError, RuntimeError) as error:  # torch.save wraps some of the system's errors
         beside.unlink(missing_ok=True)
-        left = "".join(f"; the last good one, {p.name[:13]}, is untouched" for p in states(folder)[:1])
+        left = "".join(f"; the last good one, {p.stem}, is untouched" for p in states(folder)[:1])
         raise InputError(f"cannot write the state of step {done} to {folder}: {error}{left}") from None
     dist.barrier()
-
-
-class Hashing(io.BufferedWriter):
-    """A new file, and the hash of what is written to it: a large state need not be read again for it."""
-
-    def __init__(self, path: Path):
-        super().__init__(io.FileIO(path, "w"))
-        self.sha256 = hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        return super().write(data)
 
 
 def states(folder: Path) -> list[Path]:
@@ -111,10 +135,10 @@ def states(folder: Path) -> list[Path]:
 
 
 def newest_sound(folder: Path, ranks: Ranks) -> Path | None:
-    """The newest state whose bytes are as they were written, the same one on every rank."""
+    """The newest state that is as it was written, the same one on every rank."""
     found = torch.tensor(-1, device=ranks.device)
     for path in states(folder) if ranks.rank == 0 else []:
-        if digest(path) == path.name.split(".")[1]:
+        if is_sound(path):
             found.fill_(int(path.name[5:13]))
             break
         print(f"warning: {path} is damaged, the state before it is used", file=sys.stderr, flush=True)
@@ -125,6 +149,10 @@ def newest_sound(folder: Path, ranks: Ranks) -> Path | None:
     return same[0] if same else None
 
 
-def digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def is_sound(path: Path) -> bool:
+    """Whether the bytes of a state have the checksums that were written with them."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (zipfile.BadZipFile, OSError):
+        return False

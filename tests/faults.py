@@ -152,7 +152,7 @@ def open_data(root: Path) -> None:
 
         class Texts(LlavaData):
             def __getitem__(self, i: int) -> int:
-                return len(self.code(self.sample(i)[1])[0][0])
+                return len(self.encode(self.sample(i)[1])[0][0])
 
         data.__class__ = Texts
         loader = DataLoader(data, batch_sampler=batches[:200], num_workers=2, collate_fn=sum)

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoProcessor, CLIPImageProcessorPil, CLIPVisionConfig, pipeline
 
 import evaluate
-from support.checks import load_stock
+from support.checkpoints import load_stock
 from support.flags import InputError, to_argv
 from support.metrics import METRICS, choice, exact_match, multiple_choice, pope, read_vocabulary, vqa
 

@@ -16,6 +16,7 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaProcessor, SiglipIma
 from data import Encoder
 from model import Llava
 from support.chat import CHAT_TEMPLATE, IGNORE, IMAGE_TOKEN, PROBE, Chat, turn
+from support.checkpoints import check_teacher, see_alike
 from support.flags import InputError
 
 PARTS = "{% for c in m.content %}{{ '<image>\n' if c.type == 'image' else c.text }}{% endfor %}"
@@ -162,7 +163,7 @@ def test_teacher_and_student_must_write_alike(checkpoints, tmp_path):
     with pytest.raises(
         InputError, match=r"differently, 'USER: .*A cat.<\|endoftext\|>USER.* and 'USER: .*A cat.<image>"
     ):
-        student.check_teacher(teacher)
+        check_teacher(student, teacher)
 
 
 def published(folder, parts, width=32, vocab=152_000, template=CHATML) -> str:
@@ -191,9 +192,9 @@ def published(folder, parts, width=32, vocab=152_000, template=CHATML) -> str:
 def test_a_new_student_speaks_and_sees_as_its_teacher(parts, tmp_path):
     teacher = Llava.from_checkpoint(published(tmp_path / "teacher", parts), torch.bfloat16)
     student = new_student(parts["vision"], parts["small"], str(tmp_path / "teacher"))
-    student.check_teacher(teacher)
+    check_teacher(student, teacher)
     assert student.config.vision_feature_layer == -1
-    assert student.sees_like(teacher)  # so that one pass of the tower serves both
+    assert see_alike(student, teacher)  # so that one pass of the tower serves both
     assert student.processor.chat_template == CHATML
     student.save(tmp_path / "student")
     ends = json.loads((tmp_path / "student/generation_config.json").read_text())["eos_token_id"]
@@ -217,10 +218,10 @@ def test_a_student_keeps_the_image_preparation_of_its_own_kind_of_tower(parts, t
     teacher = new_student(str(tmp_path / "clip"), parts["large"])
     teacher.save(tmp_path / "teacher")
     student = new_student(parts["vision"], parts["small"], str(tmp_path / "teacher"))
-    student.check_teacher(teacher)
+    check_teacher(student, teacher)
     assert type(student.processor.image_processor) is SiglipImageProcessorPil
     assert student.config.vision_feature_select_strategy == "full"
-    assert not student.sees_like(teacher)
+    assert not see_alike(student, teacher)
 
 
 def test_a_teacher_whose_tower_was_cut_where_it_is_read(parts, tmp_path):
@@ -234,7 +235,7 @@ def test_a_teacher_whose_tower_was_cut_where_it_is_read(parts, tmp_path):
     assert AutoConfig.from_pretrained(tmp_path / "cut").vision_feature_layer == -1
     student = new_student(parts["vision"], parts["small"], str(tmp_path / "cut"))
     assert student.config.vision_feature_layer == -2
-    assert student.sees_like(Llava.from_checkpoint(str(tmp_path / "cut"), torch.bfloat16))
+    assert see_alike(student, Llava.from_checkpoint(str(tmp_path / "cut"), torch.bfloat16))
 
 
 def test_a_template_that_writes_no_image_is_refused():

@@ -12,8 +12,9 @@ import dft
 import dpt
 import sft
 from model import Llava
+from support.checkpoints import check_teacher
 from support.flags import InputError
-from support.run import set_lr
+from support.state import set_lr
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_a_teacher_with_another_tokenizer(argv, checkpoints, tmp_path):
     """An id may not mean two tokens; tokens that only the teacher has are no matter."""
     student, teacher = (Llava.from_checkpoint(checkpoints[name]) for name in ("small", "large"))
     teacher.processor.tokenizer.add_tokens(["crimson"])
-    student.check_teacher(teacher)
+    check_teacher(student, teacher)
     student.processor.tokenizer.add_tokens(["scarlet"])
     for model, name in (student, "student"), (teacher, "teacher"):
         model.save(tmp_path / name)

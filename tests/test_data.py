@@ -124,13 +124,13 @@ def test_rows_of_a_batch(world, processor):
     for row, sample in enumerate(data[k] for k in (0, 1, 3)):
         ((ids, targets),) = sample["rows"]
         n = len(ids)
-        assert batch.attention_mask[row].tolist() == [1] * n + [0] * (batch.targets.shape[1] - n)
+        assert batch.attention_mask[row].tolist() == [1] * n + [0] * (batch.y.shape[1] - n)
         for t in range(n):
             answer_next = targets[t] != IGNORE
             image, image_next = (t + d < n and ids[t + d] == 372 for d in (0, 1))
             assert batch.response[row, t] == answer_next
             assert batch.prompt[row, t] == (t + 1 < n and not answer_next and not image and not image_next)
-            assert batch.targets[row, t] == (ids[t + 1] if answer_next else IGNORE) == targets[t]
+            assert batch.y[row, t] == (ids[t + 1] if answer_next else IGNORE) == targets[t]
         assert not batch.response[row, n:].any() | batch.prompt[row, n:].any()
     one = [batch.response.sum(), 3 * NP, batch.prompt.sum(), 3, batch.attention_mask.sum()]
     assert count_rows([batch], Alone) == (*one, 0)

@@ -82,7 +82,7 @@ def fuzz_samples(n: int, root: Path, seed: int) -> str:
     from transformers import AutoTokenizer, LlavaProcessor, SiglipImageProcessorPil
 
     from support.chat import CHAT_TEMPLATE
-    from support.checks import IMAGE_TOKEN
+    from support.chat import IMAGE_TOKEN
     from support.flags import InputError
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/toy/qwen-small")
@@ -122,7 +122,7 @@ def fuzz_samples(n: int, root: Path, seed: int) -> str:
         assert torch.isfinite(batch.pixel_values).all()
         assert batch.visual.sum() == 4 * len(batch.pixel_values)
         for i in range(len(dataset)):
-            learned = batch.targets[i][batch.response[i]].tolist()
+            learned = batch.y[i][batch.response[i]].tolist()
             if learned:  # the answers and nothing else, cut where max_len cuts
                 conversations = dataset.sample(int(dataset.usable[i]))[1][0]
                 answers = [m["content"][-1]["text"] for m in conversations if m["role"] == "assistant"]

@@ -16,6 +16,7 @@ import mod_distill
 import moe
 from losses import balance_loss, dpo_loss, kl_baseline, kto_loss, routing
 from model import Llava
+from support import chunks
 from support.flags import InputError
 
 # ---------------------------------------------------------------------------------- equations
@@ -48,9 +49,9 @@ def test_gumbel_noise_samples_experts_from_r():
 
 def test_balance_loss_by_hand():
     uniform = torch.full((6, 4), 0.25)
-    assert balance_loss(uniform, torch.tensor([0.7, 0.1, 0.1, 0.1])).item() == pytest.approx(1)
+    assert balance_loss(uniform, torch.tensor([0.7, 0.1, 0.1, 0.1]), 1 / 6).item() == pytest.approx(1)
     one = torch.tensor([[1.0, 0, 0, 0]]).expand(6, 4)
-    assert balance_loss(one, torch.tensor([1.0, 0, 0, 0])).item() == pytest.approx(4)
+    assert balance_loss(one, torch.tensor([1.0, 0, 0, 0]), 1 / 6).item() == pytest.approx(4)
     r, load = torch.tensor([[0.6, 0.4], [0.1, 0.9]]), torch.tensor([0.25, 0.75])
     by_hand = 2 * (0.25 * (0.6 * 0.3 + 0.1 * 0.7) + 0.75 * (0.4 * 0.3 + 0.9 * 0.7))
     assert balance_loss(r, load, torch.tensor([0.3, 0.7])).item() == pytest.approx(by_hand)
@@ -59,9 +60,9 @@ def test_balance_loss_by_hand():
 def test_dpo_by_hand():
     chosen, rejected = torch.tensor([1.0, -2.0]), torch.tensor([-1.0, 3.0])
     losses = [math.log(1 + math.exp(-0.2)), math.log(1 + math.exp(0.5))]
-    assert dpo_loss(chosen, rejected, 0.1).item() == pytest.approx(sum(losses) / 2)
+    assert dpo_loss(chosen, rejected, 0.1, 1 / 2).item() == pytest.approx(sum(losses) / 2)
     assert dpo_loss(chosen, rejected, 0.1, torch.tensor([2.0, 0.0])).item() == pytest.approx(2 * losses[0])
-    assert dpo_loss(chosen, chosen).item() == pytest.approx(math.log(2))
+    assert dpo_loss(chosen, chosen, 0.1, 1 / 2).item() == pytest.approx(math.log(2))
 
 
 def test_kto_by_hand():
@@ -70,12 +71,12 @@ def test_kto_by_hand():
     kl_c, kl_r = kl_baseline(chosen.mean()), kl_baseline(rejected.mean())
     assert (kl_c.item(), kl_r.item()) == (0, 1)  # a mean of -0.5 is no divergence
     pairs = [(1 - sigma(0.1 * (c - 1)) + 1 - sigma(0.1 * (0 - r))) / 2 for c, r in ((1, -1), (-2, 3))]
-    assert kto_loss(chosen, rejected, kl_c, kl_r, 0.1).item() == pytest.approx(sum(pairs) / 2)
+    assert kto_loss(chosen, rejected, kl_c, kl_r, 0.1, 1 / 2).item() == pytest.approx(sum(pairs) / 2)
 
 
 def test_the_kto_baseline_has_no_gradient():
     x = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
-    kto_loss(x[:1], x[1:], kl_baseline(x[0]), kl_baseline(x[1]), 0.3).backward()
+    kto_loss(x[:1], x[1:], kl_baseline(x[0]), kl_baseline(x[1]), 0.3, 1.0).backward()
     s = lambda v: 1 / (1 + math.exp(-v))
     slope = lambda v: 0.3 * s(v) * (1 - s(v)) / 2
     assert x.grad.tolist() == pytest.approx([-slope(0.3 * (0.5 - 2)), slope(0.3 * (0.5 - 2))])
@@ -84,19 +85,20 @@ def test_the_kto_baseline_has_no_gradient():
 @pytest.mark.parametrize("chunk", [1 << 25, 40])
 def test_log_probabilities_of_answers(chunk, monkeypatch):
     """In chunks and with gradients, against full logits."""
-    monkeypatch.setattr(mod_distill, "CHUNK", chunk)
+    monkeypatch.setattr(chunks, "CHUNK", chunk)
     torch.manual_seed(0)
-    h, w = (torch.randn(*shape, 5, dtype=torch.float64, requires_grad=True) for shape in ((2, 6), (13,)))
-    y, rows = (
-        torch.randint(0, 13, (2, 6)),
-        torch.tensor([[False, True, True, False, True, False], [True] * 6]),
-    )
+    h = torch.randn(2, 6, 5, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(13, 5, dtype=torch.float64)
+    y = torch.randint(0, 13, (2, 6))
+    rows = torch.tensor([[False, True, True, False, True, False], [True] * 6])
     plain = ((h @ w.T).log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1) * rows).sum(1)
-    ours = mod_distill.log_p(SimpleNamespace(response=rows, targets=y), (h, w))
+    ours = mod_distill.log_p(SimpleNamespace(response=rows, y=y), (h, w))
     assert torch.allclose(plain, ours, atol=1e-12)
     loss = lambda x: (x.square() * torch.tensor([1, 3])).sum()
-    for a, b in zip(torch.autograd.grad(loss(plain), (h, w)), torch.autograd.grad(loss(ours), (h, w))):
-        assert torch.allclose(a, b, atol=1e-10)
+    a, b = (torch.autograd.grad(loss(x), h)[0] for x in (plain, ours))
+    assert torch.allclose(a, b, atol=1e-10)
+    with pytest.raises(InputError, match="freeze the head"):  # whose gradient would need a second pass
+        mod_distill.log_p(SimpleNamespace(response=rows, y=y), (h, w.requires_grad_()))
 
 
 # ---------------------------------------------------------------------------------- the sparse student
@@ -121,7 +123,7 @@ def test_at_step_0_the_sparse_student_is_the_dense_one(checkpoints, shape):
     want = dense(ids, z) @ dense.lm_head.weight.T
     moe.sparsify(dense, *shape)
     for training in (True, False):
-        moe.route(dense, mask)
+        moe.watch(dense, mask)
         got = dense.train(training)(ids, z) @ dense.lm_head.weight.T
         assert (got - want)[mask.bool()].abs().max() < 1e-5
     sparse = [hasattr(layer.mlp, "experts") for layer in dense.language_model.layers]
@@ -168,15 +170,15 @@ def test_a_layer_is_equation_4(checkpoints, renormalise):
 
 def test_padding_is_not_routed(checkpoints):
     model, ids, mask, z = diverse(checkpoints["small"])
-    moe.route(model.train(), mask)
+    moe.watch(model.train(), mask)
     h = model(ids, z)
     load = moe.expert_load(model)
     assert load.sum(1).tolist() == [2 * mask.sum()] * 2  # top 2 of both layers
     load = load / load.sum(1, keepdim=True)
-    loss = moe.balance(model, load, mask.sum().item())
+    loss = moe.mean_balance_loss(model, load, mask.sum().item())
     real = mask.bool()
     want, shares = [], []
-    for router in moe.parts(model, moe.Router):
+    for router in moe.modules(model, moe.Router):
         r = router.r[real.flatten()]
         top = r.topk(2).indices.flatten().bincount(minlength=4) / (2 * len(r))
         want.append(4 * (top * r.mean(0)).sum())
@@ -194,11 +196,11 @@ def test_padding_is_not_routed(checkpoints):
 
 def test_jitter_is_for_training_only(checkpoints):
     model, ids, mask, z = diverse(checkpoints["small"])
-    moe.route(model, mask)
+    moe.watch(model, mask)
     clean = model.eval()(ids, z)
     for kind in "jitter", "rsample":
         moe.prepare(model, kind)
-        moe.route(model, mask)
+        moe.watch(model, mask)
         assert torch.equal(model.eval()(ids, z), clean)
         assert not torch.equal(model.train()(ids, z), clean)
 
@@ -408,7 +410,7 @@ def test_a_pair_shares_its_prompt_and_only_the_last_answer_counts(world, checkpo
     processor = AutoProcessor.from_pretrained(checkpoints["small"])
     data = open_data(tmp_path / "p.json", world / "images", processor, pairs=True)
     batch = data.collate([data[0]])
-    texts = [processor.tokenizer.decode(row[row != -100]) for row in batch.targets]
+    texts = [processor.tokenizer.decode(row[row != -100]) for row in batch.y]
     assert texts == [" yes<|endoftext|>", " top left<|endoftext|>"]
     assert batch.pixel_values.shape[0] == 1
     assert batch.visual.sum(1).tolist() == [NP, NP]
@@ -468,14 +470,16 @@ def test_routers_do_not_keep_what_a_checkpoint_computes_again(checkpoints):
     """The second forward pass, in the backward pass, leaves the first one's routing values alone."""
     model, ids, mask, z = diverse(checkpoints["small"])
     model.train().language_model.activation_checkpointing_enable({"use_reentrant": False})
-    moe.route(model, mask)
+    moe.watch(model, mask)
     h, calls = model(ids, z), []
-    kept = [router.r for router in moe.parts(model, moe.Router)]
-    for router in moe.parts(model, moe.Router):
+    kept = [router.r for router in moe.modules(model, moe.Router)]
+    for router in moe.modules(model, moe.Router):
         router.register_forward_hook(lambda *_: calls.append(1))
     load = moe.expert_load(model).double()
-    loss = h.square().mean() + moe.balance(model, load / load.sum(1, keepdim=True), mask.sum().item())
+    load = load / load.sum(1, keepdim=True)
+    loss = h.square().mean() + moe.mean_balance_loss(model, load, mask.sum().item())
+    moe.unwatch(model)
     loss.backward()
     assert len(calls) == len(kept) == 2
-    assert all(router.r is r for router, r in zip(moe.parts(model, moe.Router), kept))
-    assert all(router.weight.grad.abs().sum() > 0 for router in moe.parts(model, moe.Router))
+    assert all(router.r is r for router, r in zip(moe.modules(model, moe.Router), kept))
+    assert all(router.weight.grad.abs().sum() > 0 for router in moe.modules(model, moe.Router))

@@ -157,4 +157,4 @@ def test_slurm_without_torchrun_is_refused(monkeypatch):
             pass
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     with process_group() as ranks:
-        assert ranks.world == 1
+        assert ranks.world_size == 1

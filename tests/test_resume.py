@@ -258,7 +258,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_state(flags, checkpoints,
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     (left,) = state.states(tmp_path / "out" / "state")
-    assert state.digest(left) == left.name.split(".")[1]
+    assert state.is_sound(left)
     assert not (tmp_path / "out" / "state" / ".writing").exists()
 
 
@@ -270,7 +270,7 @@ def test_a_state_is_read_without_running_what_is_in_it(flags, checkpoints, tmp_p
             return os.mkdir, (str(tmp_path / "ran"),)
 
     torch.save({"step": Evil()}, tmp_path / "evil")
-    evil = newest.with_name(f"step-00000009.{state.digest(tmp_path / 'evil')}.pt")
+    evil = newest.with_name("step-00000009.pt")
     (tmp_path / "evil").rename(evil)
     with pytest.raises(Exception, match="[Ww]eights.only"):
         dft.main([*command(checkpoints), *flags(tmp_path / "out")])

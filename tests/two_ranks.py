@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 import mod_distill
-import model
 import sft
 from model import Llava
 from support import ranks as support_ranks
@@ -34,8 +33,7 @@ def case(function):
 
 def fp64(patch: pytest.MonkeyPatch) -> None:
     """All arithmetic and weights in fp64."""
-    for module in support_run, model:
-        patch.setattr(module, "precision", lambda *_: torch.float64)
+    patch.setattr(support_run, "precision", lambda *_: torch.float64)
     load = Llava.from_checkpoint.__func__
     patch.setattr(Llava, "from_checkpoint", classmethod(lambda cls, path, *_: load(cls, path, torch.float64)))
 
@@ -80,9 +78,9 @@ def memory(root, **_) -> int:
     with process_group() as ranks:
         args = SimpleNamespace(resume=None, keep=2, shard="none", lr=0.1, weight_decay=0.0)
         run = SimpleNamespace(args=args, ranks=ranks, out=root / "memory", bad=set(), n_bad_steps=0)
-        student = nn.Linear(2560, 4096)  # 42 MB, and a state of 126
+        student = nn.Sequential(nn.Linear(2560, 4096))  # 42 MB, and a state of 126
         optimizer = state.make_optimizer(run, list(student.parameters()))
-        student.weight.grad, student.bias.grad = torch.ones(4096, 2560), torch.ones(4096)
+        student[0].weight.grad, student[0].bias.grad = torch.ones(4096, 2560), torch.ones(4096)
         optimizer.step()
         state.save_state(run, 1, student, optimizer)
         before, taken, load = anonymous(), [], optimizer.load_state_dict
