@@ -1,5 +1,5 @@
 """The toy world: 32 x 32 pictures of one to three coloured shapes stand for LLaVA's images, with captions and
-questions about them. Its pre-trained parts are those of lab/base.py.
+questions about them. Its pre-trained parts are made by assets/toy/make.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The toy world's pre-trained parts, which stand for what a user would download.
 
-    python -m lab.base        make assets/toy again, from a seed
+    python -m assets.toy.make    make assets/toy again, from a seed
 
 A tiny SigLIP knows shapes and colours; tiny Qwen2s answer the toy world's questions about scenes that are
 described in words.
