@@ -5,9 +5,8 @@
     torchrun --nproc_per_node 8 evaluate.py ...    each GPU answers a share of the questions
 
 Questions are JSONL: `question_id`, `text`, `image` (a path, a list of paths, or absent), the reference in
-`label` (a string), `answers` (a list, for vqa) or `objects` (a list, for hallucination), `options` (for
-choice: a list, or an object from letters to texts) and `category`, each where it applies. POPE's own files
-are in this form. What answers is `LlavaForConditionalGeneration` as others run it, not a model of ours.
+`label` (a string) or `objects` (a list, for hallucination) and `category`, each where it applies. POPE's own
+files are in this form. What answers is `LlavaForConditionalGeneration` as others run it, not a model of ours.
 """
 
 import argparse

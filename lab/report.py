@@ -47,7 +47,7 @@ def draw_sample(
         beside.axis("off")
         if q["images"]:
             picture.imshow(load_image(q["where"], image_root, q["images"][0]), interpolation="nearest")
-        reference = q.get("label", "; ".join(map(str, q.get("answers") or q.get("objects") or [])))
+        reference = q.get("label", "; ".join(map(str, q.get("objects", []))))
         lines = [(q["text"], "black"), (f"reference: {reference}", "black")]
         for name, answer in zip(answers, given):
             right = metric is None or metric([q], [answer])["accuracy"] > 50
