@@ -12,13 +12,13 @@ files are in this form. What answers is `LlavaForConditionalGeneration` as other
 import argparse
 import json
 import os
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from lab.report import draw_sample
 from support.chat import IMAGE_TOKEN, Chat, turn
 from support.checkpoints import load_stock
 from support.checks import check_images, images_of, is_text, load_image, without_markers
@@ -120,6 +120,31 @@ def generate(model_path: str, questions: list[dict], args: argparse.Namespace) -
     return [answer.strip() for answer in new]
 
 
+def draw_sample(path: Path, questions: list, answers: dict[str, list], args: argparse.Namespace) -> None:
+    """Images with question, reference and every model's answer, as KD's Fig. 3; two questions in a row."""
+    from matplotlib.figure import Figure
+
+    metric, n_rows = METRICS[args.metric][0], -(-len(questions) // 2)
+    figure = Figure(figsize=(12, 0.4 + 0.34 * n_rows * (2 + len(answers))), layout="constrained")
+    axes = figure.subplots(n_rows, 4, squeeze=False, width_ratios=[1, 2, 1, 2])
+    for axis in axes.flat:
+        axis.axis("off")
+    for (picture, beside), q, *given in zip(axes.reshape(-1, 2), questions, *answers.values()):
+        if q["images"]:
+            picture.imshow(load_image(q["where"], args.images, q["images"][0]), interpolation="nearest")
+        reference = q.get("label", "; ".join(q.get("objects", [])))
+        lines = [(q["text"], "black"), (f"reference: {reference}", "black")]
+        for name, answer in zip(answers, given):
+            right = metric is None or metric([q], [answer])["accuracy"] > 50
+            lines += [(f"{'✓' if right else '✗'} {name}: {answer}", "#15803d" if right else "#b91c1c")]
+        for i, (text, color) in enumerate(lines):
+            text = textwrap.fill(textwrap.shorten(text, 104, placeholder=" ..."), 54)
+            beside.text(0, 1 - i / len(lines), text, fontsize=9, color=color, va="top", parse_math=False)
+    models = ", ".join(f"{name} = {model}" for name, model in zip(answers, args.model))
+    figure.supxlabel(f"{models}; ✓ right, ✗ wrong by --metric {args.metric}", fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
 def main(argv: list[str] | None = None) -> dict[str, dict]:
     args = parse_args(argv)
     require(IMAGE_TOKEN not in args.suffix, f"--suffix must not hold {IMAGE_TOKEN}: questions bring images")
@@ -150,7 +175,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
             return {}
     (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
     if args.sample:
-        draw_sample(out / "sample.png", questions[: args.sample], answers, args.images, metric)
+        draw_sample(out / "sample.png", questions[: args.sample], answers, args)
     return scores
 
 

@@ -1,15 +1,12 @@
-"""Pictures: the runs of any stage from their logs, and questions with what models answered.
+"""A picture of runs of any stage, from their logs.
 
 python -m lab.report out/sft out/dft           draws every number that log.jsonl holds, run against run
 python -m lab.report out --picture all.png     all runs that lie anywhere in `out`
 """
 
-import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
-from support.checks import load_image
 from support.flags import add_flags, cli, new_parser, require
 from support.index import records
 
@@ -31,30 +28,6 @@ def draw_runs(logs: dict[str, list[dict]], path: Path) -> None:
             axis.plot(steps, values, ".-", label=run)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-
-
-def draw_sample(
-    path: Path, questions: list[dict], answers: dict[str, list[str]], image_root: str, metric: Callable | None
-) -> None:
-    """Images with question, reference and every model's answer, as KD's Fig. 3; green: right by `metric`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 0.34 * (2 + len(answers)) * len(questions)), layout="constrained")
-    axes = figure.subplots(len(questions), 2, squeeze=False, width_ratios=[1, 3])
-    for (picture, beside), q, *given in zip(axes, questions, *answers.values()):
-        picture.axis("off")
-        beside.axis("off")
-        if q["images"]:
-            picture.imshow(load_image(q["where"], image_root, q["images"][0]), interpolation="nearest")
-        reference = q.get("label", "; ".join(map(str, q.get("objects", []))))
-        lines = [(q["text"], "black"), (f"reference: {reference}", "black")]
-        for name, answer in zip(answers, given):
-            right = metric is None or metric([q], [answer])["accuracy"] > 50
-            lines.append((f"{name}: {answer}", "#15803d" if right else "#b91c1c"))
-        for i, (text, color) in enumerate(lines):
-            text = textwrap.fill(textwrap.shorten(text, 116, placeholder=" ..."), 60)
-            beside.text(0, 1 - i / len(lines), text, fontsize=9, color=color, va="top", parse_math=False)
     figure.savefig(path, dpi=110)
 
 

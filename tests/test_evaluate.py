@@ -54,6 +54,28 @@ def test_answers_are_those_of_stock_generation(questions, world, checkpoints, tm
     assert Image.open(tmp_path / "sample.png").size[0] > 500
 
 
+def test_the_picture_says_who_answered_what_and_whether_it_is_right(world, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
+    args = evaluate.parse_args(to_argv(model=["out/sft", "out/dft"], questions="q", images=world / "images"))
+    questions = [{"text": f"how many {k} ?", "label": "two", "images": ["0.png"] * (k < 2), "where": "q"}
+                 for k in range(3)]
+    answers = {"sft": ["Two.", "one", "six"], "dft": ["two"] * 3}
+    evaluate.draw_sample(tmp_path / "s.png", questions, answers, args)
+    (figure,) = drawn
+    said = [text.get_text() for text in figure.findobj(Text)]
+    wanted = ["✓ sft: Two.", "✗ sft: one", "✗ sft: six", *["✓ dft: two"] * 3, *["reference: two"] * 3]
+    assert sorted(text for text in said if ": " in text) == sorted(wanted)
+    assert "sft = out/sft, dft = out/dft; ✓ right, ✗ wrong by --metric exact" in said
+    figure.draw_without_rendering()
+    places = [axis.get_position().x0 for axis in figure.axes if axis.texts]  # of the three questions
+    assert places[0] < 0.25 < 0.5 < places[1] and places[2] == places[0]
+    assert sum(bool(axis.images) for axis in figure.axes) == 2  # the third has none
+
+
 def test_exact_match_overall_and_by_category():
     qs = [{"label": "Red", "category": "color"}, {"label": "blue", "category": "color"}, {"label": "2"}]
     scores = exact_match(qs, ["red.", "green", " 2 "])
