@@ -7,6 +7,9 @@
 Questions are JSONL: `question_id`, `text`, `image` (a path, a list of paths, or absent), the reference in
 `label` (a string) or `objects` (a list, for hallucination) and `category`, each where it applies. POPE's own
 files are in this form. What answers is `LlavaForConditionalGeneration` as others run it, not a model of ours.
+
+Metrics are in support/metrics.py, each one function, beside the reader of its reference. A new one is a
+function there and a line of METRICS.
 """
 
 import argparse
