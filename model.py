@@ -80,9 +80,10 @@ class Llava(nn.Module):
         how = self.processor.image_processor
         if pixel_values.dtype != torch.uint8:
             return pixel_values
-        x = pixel_values.float() * (how.rescale_factor if how.do_rescale else 1)
-        mean, std = (x.new_tensor(c).view(-1, 1, 1) for c in (how.image_mean, how.image_std))
-        return (x - mean) / std if how.do_normalize else x
+        x = pixel_values.float() * (how.rescale_factor if how.do_rescale else 1)  # (n, 3, H, W)
+        if how.do_normalize:  # by numbers: tensors of them would have to be sent to the device each time
+            x = torch.stack([(x[:, c] - how.image_mean[c]) / how.image_std[c] for c in range(3)], dim=1)
+        return x
 
     def embed(self, input_ids: Tensor, features: Tensor) -> Tensor:
         """input_ids (B, T), features Z_v (n, Np, C) in reading order -> H_t with H_v in it (B, T, D).
@@ -101,12 +102,16 @@ class Llava(nn.Module):
 
         Batches are padded on the right and attention is causal: no token sees padding, and no mask is needed.
         """
-        kinds = {layer.self_attn.config._attn_implementation for layer in self.language_model.layers
-                 if hasattr(layer, "self_attn")} | {self.language_model.config._attn_implementation}
-        mixed = f"layers attend by {' and '.join(sorted(kinds))}: then some are not causal. Set one for all"
-        require(len(kinds) == 1, f"{mixed}, language_model.set_attn_implementation('eager')")
+        config = self.language_model.config
+        layers = [layer for layer in self.language_model.layers if hasattr(layer, "self_attn")]
+        kinds = {c._attn_implementation for c in (config, *(layer.self_attn.config for layer in layers))}
+        mixed = f"some layers attend by {' and some by '.join(sorted(kinds))}, which is not causal"
+        require(len(kinds) == 1, f"{mixed}: language_model.set_attn_implementation('eager') is for all of them")
+        mask = None
+        if kinds == {"sdpa"} and set(getattr(config, "layer_types", ())) == {"full_attention"}:
+            mask = {"full_attention": None}  # the same, but transformers looks for nothing in the batch
         h = self.embed(input_ids, features)
-        outputs = self.language_model(inputs_embeds=h, use_cache=False, **options)
+        outputs = self.language_model(inputs_embeds=h, attention_mask=mask, use_cache=False, **options)
         return outputs if options else outputs.last_hidden_state
 
     def save(self, out: str | Path) -> None:

@@ -54,7 +54,8 @@ class Experts(stock.Qwen2MoeExperts):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         number, order = top_k_index.flatten().sort(stable=True)  # (N k,), expert by expert
-        sizes = number.bincount(minlength=self.num_experts)[: self.num_experts].tolist()  # without number E
+        ends = torch.searchsorted(number, torch.arange(self.num_experts, device=number.device), right=True)
+        sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()  # of experts, the only wait for the device
         order = order[: sum(sizes)]  # (S,)
         token, y = order // top_k_index.shape[1], []  # (S,)
         xs = hidden_states[token].split(sizes)
@@ -134,8 +135,8 @@ def unwatch(student: Llava) -> None:
 
 def expert_load(student: Llava) -> Tensor:
     """How many tokens of the last batch each expert got, (sparse layers, E)."""
-    routers = modules(student, Router)
-    return torch.stack([m.chosen[m.real].flatten().bincount(minlength=m.num_experts) for m in routers])
+    return torch.stack([(F.one_hot(m.chosen, m.num_experts) * m.real.view(-1, 1, 1)).sum((0, 1))
+                        for m in modules(student, Router)])
 
 
 def mean_balance_loss(student: Llava, load: Tensor, n_tokens: float) -> Tensor:
