@@ -299,7 +299,7 @@ def test_an_index_that_cannot_be_written(world, processor, tmp_path, monkeypatch
     monkeypatch.setattr(index, "CACHE", tmp_path / "file" / "cache")
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(
-        InputError, match="cannot write an index of .*: Not a directory; point XDG_CACHE_HOME"
+        InputError, match="or make an index .* XDG_CACHE_HOME .*Not a directory: .*file/cache"
     ):
         open_data(world / "train.json", world / "images", processor)
 

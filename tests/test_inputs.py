@@ -133,9 +133,9 @@ def test_pairs_that_are_the_same_within_max_len_are_left_out(checkpoints, tmp_pa
 def test_a_file_that_is_no_list_says_what_it_is(tmp_path):
     path = tmp_path / "d.json"
     path.write_text(json.dumps({"id": 1, "conversations": TALK}, indent=2))
-    with pytest.raises(InputError, match="begins with one JSON object over several lines; wanted are a list"):
+    with pytest.raises(InputError, match="d.json line 1 is not valid JSON: .*; wanted are a list"):
         list(records(path))
-    for text, message in ("", "holds no sample"), ("\n", "holds no sample"), ("hello", "with no JSON"):
+    for text, message in ("", "holds no sample"), ("\n", "holds no sample"), ("hello", "line 1 is not valid"):
         path.write_text(text)
         with pytest.raises(InputError, match=message):
             Index(str(path), "", 1, lambda where, record: (1,))
