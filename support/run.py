@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from modulefinder import ModuleFinder
 from pathlib import Path
@@ -36,7 +37,7 @@ class Run:
     identity: dict  # stage, flags and code: what makes it this run
     dtype: torch.dtype  # precision of the arithmetic
     teacher_dtype: torch.dtype  # of the teacher's weights
-    finished: bool = False  # whether OUT holds this very run, finished
+    finished: bool  # whether OUT holds this very run, finished
     bad: set[str] = field(default_factory=set)  # what was wrong with each sample that was left out
     n_bad_steps: int = 0  # updates left out because they were not finite
     bar: tqdm | None = None
@@ -48,9 +49,9 @@ class Run:
             tqdm.write(message, file=file)
 
     def autocast(self) -> torch.autocast:
-        kind, on = self.ranks.device.type, self.dtype == torch.bfloat16
         # Without its cache: that would keep bf16 copies of all weights, also of layers computed again later.
-        return torch.autocast(kind, dtype=torch.bfloat16, enabled=on, cache_enabled=False)
+        on = self.dtype == torch.bfloat16
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=on, cache_enabled=False)
 
 
 def precision(name: str, auto: torch.dtype) -> torch.dtype:
@@ -67,9 +68,7 @@ def code_of(script: str | Path) -> dict[str, str]:
 
 
 def open_run(args: argparse.Namespace, stage: str, ranks: Ranks, script: str) -> Run:
-    """The run that `args` ask for. Looks into OUT and changes nothing there. Raises InputError if OUT holds
-    another run, this run by other code, or something else, or if the global batch cannot be divided.
-    """
+    """The run that `args` ask for. Looks into OUT and changes nothing there."""
     at_once = args.micro_batch * ranks.world_size
     parts = f"multiple of --micro_batch {args.micro_batch} x {ranks.world_size} ranks = {at_once}"
     require(args.global_batch % at_once == 0, f"--global_batch {args.global_batch} is not a {parts}")
@@ -77,76 +76,61 @@ def open_run(args: argparse.Namespace, stage: str, ranks: Ranks, script: str) ->
     identity = json.loads(json.dumps({"stage": stage} | flags | {"code": code_of(script)}))
     dtype = precision(args.dtype, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
     teacher_dtype = precision(getattr(args, "teacher_dtype", "auto"), dtype)
-    run = Run(args, ranks, Path(args.out), identity, dtype, teacher_dtype)
-    if (run.out / "run.json").exists():
-        run.finished = is_finished(run.out, identity, args.resume) and args.resume is not False
-    else:
-        empty = not run.out.exists() or (run.out.is_dir() and not any(run.out.iterdir()))
-        require(empty, f"--out {run.out} is no empty folder and holds no run of ours; take another folder")
-    if run.finished:
+    finished = is_finished(Path(args.out), identity, args.resume)
+    run = Run(args, ranks, Path(args.out), identity, dtype, teacher_dtype, finished)
+    if finished:
         run.say(f"{run.out}: this run is finished already")
     return run
 
 
 def is_finished(out: Path, now: dict, resume: bool | None) -> bool:
-    """Whether the run in `out` is finished; an InputError if it is another run than `now`."""
+    """Whether `out` holds the run `now`, finished; an InputError if it holds anything but this run."""
+    if not (out / "run.json").exists():
+        empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+        require(empty, f"--out {out} is no empty folder and holds no run of ours; take another folder")
+        return False
     try:
         there = {"code": {}, "seconds": None} | json.loads((out / "run.json").read_text())
     except (ValueError, TypeError):
         raise InputError(f"{out}/run.json cannot be read; delete {out} or take another folder") from None
-    finished, old, new = there.pop("seconds") is not None, there.pop("code"), now["code"]
-    flags = [k for k in sorted(there.keys() | now.keys() - {"code"}) if there.get(k) != now.get(k)]
-    differ = "; ".join(f"{k}: {there.get(k)!r} there, {now.get(k)!r} now" for k in flags)
-    require(not flags, f"--out {out} holds a different run ({differ}); take another or delete it")
-    changed = ", ".join(file for file in sorted(old.keys() | new.keys()) if old.get(file) != new.get(file))
-    kind, advice = "an interrupted", "go on with the new code by --resume"
-    if finished:
-        kind, advice = "a finished", "take another folder"
-    refused = f"--out {out} holds {kind} run of other code; since then {changed} changed. Either {advice}, "
-    require(not changed or resume is not None, refused + "or train again from the start by --no-resume")
-    return finished
+    finished, old = there.pop("seconds") is not None, there.pop("code")
+    differ = [f"{k}: {there.get(k)!r} there, {now.get(k)!r} now"
+              for k in sorted(there.keys() | now.keys() - {"code"}) if there.get(k) != now.get(k)]
+    require(not differ, f"--out {out} holds a different run ({'; '.join(differ)}); take another or delete it")
+    changed = ", ".join(sorted(dict(old.items() ^ now["code"].items())))
+    kind = "a finished" if finished else "an interrupted"
+    advice = "Accept that by --resume, or train again from the start by --no-resume"
+    refused = f"--out {out} holds {kind} run of other code; since then {changed} changed. {advice}"
+    require(not changed or resume is not None, refused)
+    return finished and resume is not False
 
 
 def start_run(run: Run, student: nn.Module, data, n_steps: int, first: int) -> None:
-    """Take OUT for this run, of which `first` steps are done; say what will be trained; show a bar."""
+    """Take OUT for this run, of which `first` steps are done; say what is trained; show a bar."""
+    args, ranks, stage = run.args, run.ranks, run.identity["stage"]
     dist.barrier()  # every rank has looked into the folder before one writes
-    if run.ranks.rank == 0:
-        take_folder(run, first)
-    leave_out(run, data.bad)
-    describe(run, student, data, n_steps)
+    if ranks.rank == 0:
+        if not first:
+            shutil.rmtree(run.out / "state", ignore_errors=True)
+        run.out.mkdir(parents=True, exist_ok=True)
+        log = run.out / "log.jsonl"
+        log.touch()
+        log.write_text("".join(log.read_text().splitlines(keepends=True)[:first]))
+        write_identity(run, seconds=None)
+    check_samples(run, [data], len(data.bad))
+    where = f"{args.micro_batch} at a time on {ranks.world_size} {ranks.device.type} rank(s), {run.dtype}"
+    run.say(f"{stage}: {n_steps} steps of {args.global_batch} of {len(data)} samples, {where}")
+    run.say(f"  left out: {data.n_too_long} whose prompts are longer than --max_len")
+    run.say(f"  with images but no <image>, so that they go first in the question: {data.n_unmarked}")
+    n = Counter()
+    for name, p in student.named_parameters():  # a tied head is the embedding's weight, and named once
+        n[name.split(".")[0], p.requires_grad] += p.numel()
+    for part, _ in student.named_children():
+        run.say(f"  {part:22s} trained {n[part, True]:>13,d}   frozen {n[part, False]:>13,d}")
     if first:
         run.say(f"  goes on after step {first}")
-    quiet, run.started, run.clock = run.ranks.rank != 0, time.perf_counter(), time.perf_counter()
-    how = {"desc": run.identity["stage"], "disable": quiet, "mininterval": 1.0}
-    run.bar = tqdm(total=n_steps, initial=first, **how)
-
-
-def take_folder(run: Run, first: int) -> None:
-    """Write whose OUT is, and cut its log to the `first` steps; without any, its states are removed."""
-    log = run.out / "log.jsonl"
-    lines = log.read_text().splitlines(keepends=True)[:first] if first else []
-    if not first:
-        shutil.rmtree(run.out / "state", ignore_errors=True)
-    run.out.mkdir(parents=True, exist_ok=True)
-    log.write_text("".join(lines))
-    write_identity(run, seconds=None)
-
-
-def describe(run: Run, student: nn.Module, data, n_steps: int) -> None:
-    """Say what is trained, on what and where."""
-    args, stage = run.args, run.identity["stage"]
-    left_out = f", {data.n_too_long} more have prompts longer than --max_len" if data.n_too_long else ""
-    run.say(f"{stage}: {n_steps} steps of {args.global_batch} of {len(data)} samples{left_out}")
-    if data.n_unmarked:
-        run.say(f"  {data.n_unmarked} samples have images but no <image>: they go first in the question")
-    where = f"{run.ranks.world_size} rank(s) on {run.ranks.device.type}, {args.micro_batch} samples at a time"
-    run.say(f"  {where}, {str(run.dtype)[6:]}")
-    seen = set()  # a tied head is the embedding's weight
-    for name, part in student.named_children():
-        mine = [p for p in part.parameters() if p not in seen]
-        seen.update(mine)
-        n = [sum(p.numel() for p in mine if p.requires_grad == on) for on in (True, False)]
-        run.say(f"  {name:22s} trained {n[0]:>13,d}   frozen {n[1]:>13,d}")
+    run.bar = tqdm(total=n_steps, initial=first, desc=stage, disable=ranks.rank != 0, mininterval=1.0)
+    run.started = run.clock = time.perf_counter()
 
 
 def write_identity(run: Run, seconds: float | None) -> None:
@@ -155,16 +139,10 @@ def write_identity(run: Run, seconds: float | None) -> None:
     os.replace(run.out / ".run.json", run.out / "run.json")
 
 
-def check_samples(run: Run, micros: list, n_bad: float) -> None:
-    """Name the step's samples that cannot be read, each once in a run; more than --skip_bad end the run."""
-    if n_bad:
-        everyone = run.ranks.gather([message for batch in micros for message in batch.bad])
-        leave_out(run, [message for mine in everyone for message in mine])
-
-
-def leave_out(run: Run, messages: list[str]) -> None:
-    """Count and name bad samples, the same on all ranks."""
-    for message in sorted(set(messages) - run.bad):
+def check_samples(run: Run, parts: list, n_bad: float) -> None:
+    """Name the bad samples of micro-batches or of data, each once in a run; more than --skip_bad end it."""
+    everyone = run.ranks.gather([message for part in parts for message in part.bad]) if n_bad else []
+    for message in sorted({message for mine in everyone for message in mine} - run.bad):
         run.bad.add(message)
         counts = f"{len(run.bad)} bad so far, --skip_bad allows {run.args.skip_bad}"
         require(len(run.bad) <= run.args.skip_bad, f"{message}; {counts}: repair it or allow more")
@@ -172,31 +150,25 @@ def leave_out(run: Run, messages: list[str]) -> None:
 
 
 def may_update(run: Run, step: int, losses: list[dict[str, Tensor]], grad_norm: Tensor, micros: list) -> bool:
-    """Whether the gradient and the losses of all ranks are finite. If not, it is said and counted, and an
-    InputError after too many.
-    """
-    rank, bad = run.ranks.rank, torch.zeros(run.ranks.world_size + 1, device=run.ranks.device)
-    bad[rank] = not math.isfinite(sum(terms["loss"].item() for terms in losses))  # of each rank
-    bad[-1] = not math.isfinite(grad_norm.item())
-    bad = run.ranks.sum(bad).tolist()
-    if not any(bad):
+    """Whether the gradient and all ranks' losses are finite; if not, it is said, and too often an error."""
+    mine = math.isfinite(sum(terms["loss"].item() for terms in losses))
+    bad = torch.tensor(float(not (mine and grad_norm.isfinite())), device=run.ranks.device)
+    if not run.ranks.sum(bad):
         return True
-    which = [str(k) for k in range(run.ranks.world_size) if bad[k]]
-    what = f"step {step}: the {'loss of rank ' + ', '.join(which) if which else 'gradient'} is not finite"
-    if bad[rank] or not which:
-        what += f"; rank {rank} had {', '.join(name for batch in micros for name in batch.names)}"
+    where = [str(rank) for rank, finite in enumerate(run.ranks.gather(mine)) if not finite]
+    what = f"step {step}: the {'loss of rank ' + ', '.join(where) if where else 'gradient'} is not finite"
+    if not (mine and where):
+        what += f"; rank {run.ranks.rank} had {', '.join(name for batch in micros for name in batch.names)}"
     run.n_bad_steps += 1
-    limit = f"see {run.out}/log.jsonl (--max_bad_steps {run.args.max_bad_steps})"
-    require(run.n_bad_steps <= run.args.max_bad_steps, f"{what}; {limit}")
-    tqdm.write(f"{what}; update left out, {run.n_bad_steps} so far", file=sys.stderr)
+    counts = f"{run.n_bad_steps} so far, --max_bad_steps allows {run.args.max_bad_steps}"
+    require(run.n_bad_steps <= run.args.max_bad_steps, f"{what}; {counts}: see {run.out}/log.jsonl")
+    tqdm.write(f"{what}; update left out ({counts})", file=sys.stderr)
     return False
 
 
 def seed_step(run: Run, step: int) -> None:
-    """Seed what is random in a step (router noise; a fork's own draws): the same after an interruption, and
-    other numbers on every rank. Python's hash of integers is the same in every process.
-    """
-    torch.manual_seed(hash((run.args.seed, step, run.ranks.rank)))
+    """Seed what is random in a step, as router noise: by rank, and the same after an interruption."""
+    torch.manual_seed(hash((run.args.seed, step, run.ranks.rank)))  # of integers: the same in every process
 
 
 def write_log(run: Run, step: int, lr: float, losses: list, grad_norm: Tensor, tokens: float) -> None:
