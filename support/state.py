@@ -1,9 +1,8 @@
-"""Training state on disk: what a run needs to go on exactly where it was. A file is whole or not there.
+"""Training state on disk: what a run needs to go on exactly where it was.
 
-A state is one file, `state/step-00000100.pt`: written beside, flushed to the disk and renamed, so that the
-one before it stays good until this one is complete. torch.save writes a zip file, whose checksums tell a
-damaged one. In it are the optimizer, what is trained, and what a stage has hung on the student beside its
-four parts: an adapter, a moving average, a number in a buffer. Random numbers depend on seed, step and rank.
+A state is one file, `state/step-00000100.pt`: the optimizer, what is trained, and what a stage has hung on
+the student beside its four parts (an adapter, a number in a buffer). It is written beside, flushed to disk
+and renamed, so it is whole or not there; it is a zip file, whose checksums tell a damaged one.
 """
 
 import math
@@ -24,6 +23,7 @@ from support.run import Run
 PARTS = "vision_tower", "language_model", "multi_modal_projector", "lm_head"  # of a Llava
 ATTRIBUTES = "training", "config", "processor", "chat"  # that it has besides: none of them changes
 
+
 def make_optimizer(run: Run, trained: list[nn.Parameter], betas: tuple = (0.9, 0.999)) -> Optimizer:
     """AdamW; with --shard optimizer every rank keeps the moments of its share of the weights alone."""
     options = {"lr": run.args.lr, "weight_decay": run.args.weight_decay, "betas": betas}
@@ -36,9 +36,7 @@ def make_optimizer(run: Run, trained: list[nn.Parameter], betas: tuple = (0.9, 0
 
 
 def set_lr(optimizer: Optimizer, step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up over ceil(warmup x steps) steps, then a cosine to zero; `step` counts from 0. A group of
-    weights may have a "scale" of its own.
-    """
+    """Linear warm-up over ceil(warmup x steps) steps, then a cosine to zero; times a group's own "scale"."""
     n_warm = math.ceil(warmup * steps)
     lr = peak * (step + 1) / max(n_warm, 1)
     if step >= n_warm:
@@ -49,22 +47,18 @@ def set_lr(optimizer: Optimizer, step: int, steps: int, peak: float, warmup: flo
 
 
 def kept(student: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
-    """The student's tensors that a state holds, by name: those that are trained, and all that are in none of
-    its four parts. An InputError for what would be lost.
-    """
+    """The student's tensors that a state holds: the trained ones, and all that are in none of its parts."""
     tensors = dict(student.named_parameters()) | dict(student.named_buffers())
     mine = {k: x for k, x in tensors.items() if x.requires_grad or k.split(".")[0] not in PARTS}
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    idle = "".join([name for name, p in mine.items() if p.requires_grad and id(p) not in updated][:1])
-    advice = "make it before `trained` is listed, or set requires_grad_(False)"
-    require(not idle, f"student.{idle} needs a gradient, but the optimizer does not have it: {advice}")
+    idle = [name for name, p in mine.items() if p.requires_grad and id(p) not in updated][:3]
     foreign = len(updated - {id(p) for p in mine.values()})
-    lost = "neither would ranks share their gradients nor a state hold them"
-    advice = "hang them on it before `trained` is listed, as student.adapter = nn.Linear(8, 8)"
-    require(not foreign, f"{foreign} tensors in the optimizer are not the student's: {lost}; {advice}")
-    loose = "".join([name for name in vars(student) if name[0] != "_" and name not in ATTRIBUTES][:1])
+    advice = "before `trained` is listed, hang what is learned on it (student.adapter = nn.Linear(8, 8))"
+    require(not idle, f"the optimizer lacks the student's {idle}: {advice}, or set requires_grad_(False)")
+    require(not foreign, f"{foreign} tensors in the optimizer are not the student's, so not saved: {advice}")
+    loose = [name for name in vars(student) if name[0] != "_" and name not in ATTRIBUTES]
     advice = "make it a module, an nn.Parameter, or a buffer by register_buffer(name, torch.tensor(value))"
-    require(not loose, f"student.{loose} would not survive an interruption: {advice}")
+    require(not loose, f"the student's {loose} would not survive an interruption: {advice}")
     return mine
 
 
@@ -76,7 +70,7 @@ def load_state(run: Run, student: nn.Module, optimizer: Optimizer) -> int:
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # not a copy for each rank
     same = mine.keys() == state["student"].keys()
-    require(same, "the training state is of another model: take another --out or delete this one")
+    require(same, f"{path} is of another model: take another --out or delete this one")
     with torch.no_grad():
         for name, x in mine.items():
             x.copy_(state["student"][name])
@@ -124,8 +118,8 @@ def save_state(run: Run, done: int, student: nn.Module, optimizer: Optimizer) ->
                 old.unlink()
     except (OSError, RuntimeError) as error:  # torch.save wraps some of the system's errors
         beside.unlink(missing_ok=True)
-        left = "".join(f"; the last good one, {p.stem}, is untouched" for p in states(folder)[:1])
-        raise InputError(f"cannot write the state of step {done} to {folder}: {error}{left}") from None
+        left = f"untouched are {[path.name for path in states(folder)]}"
+        raise InputError(f"cannot write the state of step {done} to {folder}: {error}; {left}") from None
     dist.barrier()
 
 
@@ -136,17 +130,16 @@ def states(folder: Path) -> list[Path]:
 
 def newest_sound(folder: Path, ranks: Ranks) -> Path | None:
     """The newest state that is as it was written, the same one on every rank."""
-    found = torch.tensor(-1, device=ranks.device)
+    sound = None
     for path in states(folder) if ranks.rank == 0 else []:
         if is_sound(path):
-            found.fill_(int(path.name[5:13]))
+            sound = path
             break
         print(f"warning: {path} is damaged, the state before it is used", file=sys.stderr, flush=True)
-    dist.broadcast(found, 0)
-    same = [path for path in states(folder) if int(path.name[5:13]) == found]
-    lost = found >= 0 and not same
-    require(not lost, f"rank {ranks.rank} does not see step {found} in {folder}: nodes must share --out")
-    return same[0] if same else None
+    sound = ranks.gather(sound)[0]
+    lost = sound and not sound.exists()
+    require(not lost, f"rank {ranks.rank} does not see {sound}: nodes must share --out")
+    return sound
 
 
 def is_sound(path: Path) -> bool:
