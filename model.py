@@ -106,7 +106,7 @@ class Llava(nn.Module):
         layers = [layer for layer in self.language_model.layers if hasattr(layer, "self_attn")]
         kinds = {c._attn_implementation for c in (config, *(layer.self_attn.config for layer in layers))}
         mixed = f"some layers attend by {' and some by '.join(sorted(kinds))}, which is not causal"
-        require(len(kinds) == 1, f"{mixed}: language_model.set_attn_implementation('eager') is for all of them")
+        require(len(kinds) == 1, f"{mixed}: language_model.set_attn_implementation('eager') is for all")
         mask = None
         if kinds == {"sdpa"} and set(getattr(config, "layer_types", ())) == {"full_attention"}:
             mask = {"full_attention": None}  # the same, but transformers looks for nothing in the batch

@@ -30,7 +30,7 @@ class Ranks:
         self._ddp, self._handlers, self._signals = None, {}, []
 
     def sum(self, numbers: Tensor) -> Tensor:
-        """The sum of all ranks' tensors; it is also written into the given one."""
+        """The sum of all ranks' tensors, also written into the given one."""
         dist.all_reduce(numbers)
         return numbers
 
@@ -75,8 +75,8 @@ def process_group() -> Iterator[Ranks]:
     """torchrun's processes, or a group of one. Inside another `process_group`, the same group again."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    each = f"each of Slurm's {tasks} tasks would be a run of its own, all in one --out; start one a node:"
-    require("RANK" in os.environ or int(tasks) == 1, f"{each} srun --ntasks-per-node 1 torchrun ...")
+    alone = f"each of Slurm's {tasks} tasks would be a run of its own; start one a node:"
+    require("RANK" in os.environ or tasks == "1", f"{alone} srun --ntasks-per-node 1 torchrun ...")
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
@@ -103,9 +103,9 @@ def process_group() -> Iterator[Ranks]:
 
 def name_of_attempt(store: dist.Store, rank: int, world: int) -> str:
     """A name for this attempt, the same on all ranks and never used before: restarted ranks find in
-    torchrun's store what dead ones left there. (The count of restarts is no name: every node has its own.)
-    Each rank publishes a random word; all words together are the name. If a word was left by a crashed
-    attempt, some rank reads another name than the others, and all look again.
+    torchrun's store what dead ones left there, and every node has its own count of restarts. Each rank
+    publishes a random word; all words together are the name. If a word is left over from a crashed attempt,
+    some rank reads another name than the others, and all look again.
     """
     confirmed = None
     store.set(f"word {rank}", os.urandom(4).hex())

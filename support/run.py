@@ -120,8 +120,8 @@ def start_run(run: Run, student: nn.Module, data, n_steps: int, first: int) -> N
     check_samples(run, [data], len(data.bad))
     where = f"{args.micro_batch} at a time on {ranks.world_size} {ranks.device.type} rank(s), {run.dtype}"
     run.say(f"{stage}: {n_steps} steps of {args.global_batch} of {len(data)} samples, {where}")
-    run.say(f"  left out: {data.n_too_long} whose prompts are longer than --max_len")
-    run.say(f"  with images but no <image>, so that they go first in the question: {data.n_unmarked}")
+    run.say(f"  {data.n_too_long} more have prompts longer than --max_len and are left out")
+    run.say(f"  {data.n_unmarked} samples have images but no <image>: they go first in the question")
     n = Counter()
     for name, p in student.named_parameters():  # a tied head is the embedding's weight, and named once
         n[name.split(".")[0], p.requires_grad] += p.numel()
