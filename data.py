@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 from argparse import Namespace
 from collections import namedtuple
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from model import Llava
@@ -36,9 +37,7 @@ class Encoder:
         self.max_len, self.caption_only = max_len, caption_only
 
     def __call__(self, messages: list[dict], last_only: bool = False) -> tuple[list[int], list[int]]:
-        """(token ids, y), at most `max_len`, as `Chat.encode` has them. A conversation that is too long is
-        cut, but never inside an image.
-        """
+        """(token ids, y) as `Chat.encode` has them, cut after `max_len` tokens, but never inside an image."""
         pieces = self.chat.caption(messages) if self.caption_only else self.chat.encode(messages, last_only)
         ids, y = [], []
         for token, learned in zip(*pieces):
@@ -71,15 +70,12 @@ class Batch(NamedTuple):
 
 
 Counts = namedtuple("Counts", "response visual prompt images tokens bad")
-# What `LlavaData.measure` says of a sample: images and bytes of text; images, turns and bytes before what is
-# learned; whether its images have no markers.
-Sizes = namedtuple("Sizes", "images text images_before turns_before text_before unmarked")
+# Of a sample: images, bytes of text, turns and bytes before what is learned, whether images have no markers.
+Sizes = namedtuple("Sizes", "images text turns_before text_before unmarked")
 
 
 def count_rows(micros: list[Batch], ranks: Ranks) -> Counts:
-    """Rows of each kind, images, tokens and unreadable samples of all ranks' micro-batches. All but the last
-    are what losses are divided by, so they are at least 1.
-    """
+    """All ranks' rows of each kind, images, tokens (at least 1: losses are divided by them), bad samples."""
     counts = [[*(rows.sum() for rows in (b.response, b.visual, b.prompt)), len(b.pixel_values),
                b.attention_mask.sum(), len(b.bad)] for b in micros]
     *total, bad = ranks.sum(torch.tensor(counts, dtype=torch.float64).sum(0).to(ranks.device)).tolist()
@@ -87,68 +83,53 @@ def count_rows(micros: list[Batch], ranks: Ranks) -> Counts:
 
 
 class LlavaData(Dataset):
-    """Checked samples of a data file. With `pairs`, each has a chosen and a rejected answer to one prompt;
-    with `needs_images`, some must have an image.
-    """
+    """Checked samples of a data file; with `pairs`, each has a chosen and a rejected answer to one prompt."""
 
     def __init__(self, args: Namespace, student: Llava, teacher: Llava | None = None, pairs: bool = False,
                  needs_images: bool = False):
         self.image_root, self.skip_bad, self.pairs = args.images, args.skip_bad, pairs
-        self.encoder = encoder = Encoder(student, args.max_len, getattr(args, "caption_only", False))
+        self.encoder = Encoder(student, args.max_len, getattr(args, "caption_only", False))
         seeing = [model for model in (student, teacher) if model and model.vision_tower]
         self.image_processors = [model.processor.image_processor for model in seeing]
         self.check = check_pair if pairs else check_sample
-        checks = f"images in {os.path.abspath(args.images)}"  # absolute paths are inside of it, or not
-        checks += "" if args.skip_bad else f" at {os.path.realpath(args.images)}"
-        checks, width = f"{self.check.__name__} {checks}", len(Sizes._fields)
-        self.index = Index(args.data, checks, width, self.measure, args.skip_bad > 0)
+        folder = f"{os.path.abspath(args.images)} at {os.path.realpath(args.images)}"  # links are followed
+        checks = f"{self.check.__name__}, images in {folder}, {Sizes._fields}"
+        self.index = Index(args.data, checks, len(Sizes._fields), self.measure, args.skip_bad > 0)
         self.bad, n = self.index.bad, len(self.index.bad) + len(self.index.sizes)
         advice = f"{len(self.bad)} of {n} samples are bad, more than --skip_bad {args.skip_bad} allows"
         require(len(self.bad) <= args.skip_bad, f"{''.join(self.bad[:1])}; {advice}")
-        sizes, fits = Sizes(*self.index.sizes.unbind(1)), self.fit()
+        fits, n_visual = self.fit(), self.encoder.n_visual
         self.usable, self.n_too_long = fits.nonzero().flatten(), int((~fits).sum())
-        long = f"a prompt longer than --max_len {args.max_len} (an image takes {encoder.n_visual} tokens)"
-        long += " or answers that are the same until there" if pairs else ""
-        none = f"{args.data}: no training sample is left, {self.n_too_long} of {len(fits)} have"
-        require(len(self), f"{none} {long}")
+        none = f"{args.data}: none of {len(fits)} samples has anything to learn within"
+        require(len(self), f"{none} --max_len {args.max_len}, of which an image takes {n_visual}: raise it")
+        sizes = Sizes(*self.index.sizes[self.usable].unbind(1))
         blind = f"{args.data} has no image: only the projector is trained, and text does not reach it"
-        require(not needs_images or sizes.images[self.usable].any(), blind)
-        self.n_images = sizes.images[self.usable].tolist()
-        self.n_unmarked = int(sizes.unmarked[self.usable].sum())
-        tokens = sizes.text // 4 + sizes.images * encoder.n_visual  # about, for grouping
-        self.lengths = tokens[self.usable].clamp_max(encoder.max_len).tolist()
+        require(not needs_images or sizes.images.any(), blind)
+        self.n_images, self.n_unmarked = sizes.images.tolist(), int(sizes.unmarked.sum())
+        tokens = sizes.text // 4 + sizes.images * n_visual  # about, for grouping
+        self.lengths = tokens.clamp_max(args.max_len).tolist()
 
     def fit(self) -> Tensor:
-        """Of which samples something is learned within --max_len. Most are short enough for certain, by the
-        sizes of their text: a token has at least one byte, and what the template adds to a turn is shorter
-        than all of PROBE. Only the others are read.
+        """Of which samples something is learned within --max_len. Only those are read that may be too long: a
+        token has at least one byte, and what the template adds to a turn is shorter than all of PROBE.
         """
-        encoder, sizes = self.encoder, Sizes(*self.index.sizes.unbind(1))
-        extra = len(encoder.chat.encode(PROBE)[0])
-        fixed = 2 if encoder.caption_only else extra * (sizes.turns_before + 1) + sizes.text_before
-        fits = sizes.images_before * (encoder.n_visual + 2) + fixed < encoder.max_len
-        if self.pairs:  # to the end of both answers, since cut ones may be the same
-            whole = sizes.images * encoder.n_visual + extra * (sizes.turns_before + 2) + sizes.text
-            fits &= whole < encoder.max_len
+        sizes, per_turn = Sizes(*self.index.sizes.unbind(1)), len(self.encoder.chat.encode(PROBE)[0])
+        most = sizes.images * (self.encoder.n_visual + 2) + per_turn * (sizes.turns_before + 1)
+        fits = most + sizes.text_before < self.encoder.max_len
         for i in (~fits).nonzero().flatten().tolist():
-            try:
+            fits[i] = True  # also if it cannot be encoded: that is named, and counted, when it is met
+            with suppress(InputError):
                 rows = self.encode(self.sample(i)[1])
-            except InputError:  # named, and counted by --skip_bad, when it is met
-                fits[i] = True
-                continue
-            learned = all(any(token != IGNORE for token in y) for _, y in rows)
-            fits[i] = learned and (not self.pairs or rows[0] != rows[1])
+                learned = all(any(token != IGNORE for token in y) for _, y in rows)
+                fits[i] = learned and not (self.pairs and rows[0] == rows[1])
         return fits
 
     def measure(self, where: str, record: object) -> Sizes:
-        """Check a record, and say how large it is."""
-        sample = self.check(where, record, self.image_root, exist=not self.skip_bad)
-        messages = sample.conversations[0]
-        n_bytes = [max(sum(len(part.get("text", "").encode()) for part in one["content"]) for one in turn)
-                   for turn in zip(*sample.conversations)]
-        first = len(messages) - 1 if self.pairs else [m["role"] for m in messages].index("assistant")
-        before = sum(part["type"] == "image" for m in messages[:first] for part in m["content"])
-        return Sizes(len(sample.images), sum(n_bytes), before, first, sum(n_bytes[:first]), sample.unmarked)
+        """Check a record, and say how large it is. Of a pair all must fit: cut, both may be the same."""
+        conversations, images, unmarked = self.check(where, record, self.image_root, exist=not self.skip_bad)
+        n_bytes = [max(len(m["content"][-1]["text"].encode()) for m in turn) for turn in zip(*conversations)]
+        before = len(n_bytes) if self.pairs else [m["role"] for m in conversations[0]].index("assistant")
+        return Sizes(len(images), sum(n_bytes), before, sum(n_bytes[:before]), unmarked)
 
     def sample(self, i: int) -> tuple[str, list[list[dict]], list[str]]:
         """(its name, conversations, image paths) of sample `i` of the index, read from the disk."""
@@ -180,51 +161,45 @@ class LlavaData(Dataset):
     def collate(self, samples: list[dict]) -> Batch:
         """B pairs become 2B rows: the chosen answers, then the rejected ones in the same order."""
         rows = [row for conversation in zip(*(s["rows"] for s in samples)) for row in conversation]
-        shape = len(rows), max(len(ids) for ids, _ in rows)
-        input_ids = torch.full(shape, self.encoder.chat.tokenizer.pad_token_id)
-        is_token, y = torch.zeros(shape, dtype=torch.bool), torch.full(shape, IGNORE)
-        for k, (ids, learned) in enumerate(rows):
-            input_ids[k, : len(ids)], y[k, : len(ids)] = torch.tensor(ids), torch.tensor(learned)
-            is_token[k, : len(ids)] = True
+        ids, y = ([torch.tensor(row) for row in kind] for kind in zip(*rows))
+        lengths = torch.tensor([[len(row)] for row in ids])
+        input_ids = pad_sequence(ids, True, self.encoder.chat.tokenizer.pad_token_id)
+        y, is_token = pad_sequence(y, True, IGNORE), torch.arange(input_ids.shape[1]) < lengths
         visual, response = (input_ids == self.encoder.image_id) & is_token, y != IGNORE
         is_text = is_token & ~visual
-        prompt, pixels = is_text & is_text.roll(-1, 1) & ~response, []
+        prompt = is_text & is_text.roll(-1, 1) & ~response
         prompt[:, -1] = False  # nothing follows
-        for k, processor in enumerate(self.image_processors):
-            side = processor.size.get("height") or processor.size.get("shortest_edge")
-            images = [s["pixels"][k] for s in samples if s["pixels"]]
-            none = torch.zeros(0, 3, side, side, dtype=torch.uint8)
-            pixels.append(torch.cat(images) if images else none)  # (n, 3, H, W)
-        pixels = pixels[0], pixels[1] if len(pixels) > 1 else None
+        pixels, none = [], torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
+        for k in range(len(self.image_processors)):
+            pixels.append(torch.cat([s["pixels"][k] for s in samples if s["pixels"]] or [none]))
+        pixels = [*pixels, None][:2]  # the student's, the teacher's
         bad, names = [s["bad"] for s in samples if s["bad"]], [s["name"] for s in samples]
         return Batch(input_ids, is_token.long(), y, response, visual, prompt, *pixels, bad, names)
 
 
 def schedule(data: LlavaData, args: Namespace) -> list[list[int]]:
     """The samples of every optimizer step of the run. Depends on data, seed and batch size only."""
-    epochs = (global_batches(data, args.global_batch, f"{args.seed}/{e}", args.group_by_modality)
-              for e in range(args.epochs))
-    steps = [batch for epoch in epochs for batch in epoch][: args.max_steps or None]
-    few = f"{len(data)} usable samples, fewer than one --global_batch {args.global_batch}"
-    require(steps, f"{args.data} has {few}")
-    return steps
+    n, size, by_modality = len(data), args.global_batch, args.group_by_modality
+    require(n >= size, f"{args.data} has {n} usable samples, fewer than one --global_batch {size}")
+    epochs = (global_batches(data, size, f"{args.seed}/{e}", by_modality) for e in range(args.epochs))
+    return [batch for epoch in epochs for batch in epoch][: args.max_steps or None]
 
 
 def global_batches(data: LlavaData, size: int, seed: str, group_by_modality: bool) -> list[list[int]]:
-    """One epoch as lists of `size` sample indices, the longest first.
+    """One epoch as lists of `size` sample indices; the longest first, for micro-batches of similar lengths.
 
     As in LLaVA-1.5, a batch is all images or all text; what is left over of both is mixed, and what does
-    not fill a batch is left out. Sorted batches give micro-batches of similar lengths.
+    not fill a batch is left out.
     """
     order, rng = list(range(len(data))), random.Random(seed)
     rng.shuffle(order)
     groups = [[i for i in order if data.n_images[i]], [i for i in order if not data.n_images[i]]]
-    batches, rest = [], []
+    whole, rest = [], []
     for group in groups if group_by_modality else [order]:
-        whole = len(group) - len(group) % size
-        batches += [group[k : k + size] for k in range(0, whole, size)]
-        rest += group[whole:]
-    batches += [rest[k : k + size] for k in range(0, len(rest) - size + 1, size)]
+        cut = len(group) - len(group) % size
+        whole, rest = whole + group[:cut], rest + group[cut:]
+    order = whole + rest
+    batches = [order[k : k + size] for k in range(0, len(order) - size + 1, size)]
     rng.shuffle(batches)
     return [sorted(batch, key=data.lengths.__getitem__, reverse=True) for batch in batches]
 
@@ -240,7 +215,3 @@ def micro_batches(data: LlavaData, steps: list, first: int, run: Run) -> Iterato
     ))
     for step in range(first, len(steps)):
         yield step, [next(loader) for _ in range(0, run.args.global_batch, size * ranks.world_size)]
-
-
-if __name__ == "__main__":
-    sys.exit("data.py is a library; look at a data file by: python -m lab.look FILE --images DIR --model M")
