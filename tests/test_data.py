@@ -146,7 +146,7 @@ class Alone:
 def test_a_text_only_batch(world, processor):
     data = make_data(world, processor)
     batch = data.collate([data[1], data[5]])
-    assert batch.pixel_values.shape == (0, 3, 16, 16)
+    assert batch.pixel_values.shape[:2] == (0, 3)
     assert not batch.visual.any()
 
 
@@ -187,10 +187,10 @@ BAD = {
     "no 'gpt' turn": {"conversations": turns("q")},
     "turn 0, needs 'from' ": {"conversations": [{"from": ["human"], "value": "x"}]},
     "turn 1, has <image>, but": {"conversations": turns("q", "<image>"), "image": "0.png"},
-    r"2 <image> marker\(s\) and 1 image": GOOD | {"conversations": turns("<image> <image>", "ho")},
-    r"1 <image> marker\(s\) and 2 image": GOOD | {"image": ["0.png", "1.png"]},
+    "2 <image> for 1 images": GOOD | {"conversations": turns("<image> <image>", "ho")},
+    "1 <image> for 2 images": GOOD | {"image": ["0.png", "1.png"]},
     r"has \['video'\]: films cannot be read": {"video": "a.mp4", "conversations": turns("hi", "ho")},
-    "its keys are 'data'": {"data": [GOOD]},
+    r"it has \['data'\]": {"data": [GOOD]},
     "must be a path": GOOD | {"image": {"a": 1}},
     "leaves the image folder": GOOD | {"image": "../train.json"},
     "'/etc/hostname' leaves": GOOD | {"image": "/etc/hostname"},
@@ -248,7 +248,7 @@ def test_markers_cannot_be_smuggled_in(processor):
 
 
 def test_nothing_left_after_length_filtering(world, processor):
-    with pytest.raises(InputError, match="no training sample is left, 24 of 24"):
+    with pytest.raises(InputError, match="none of 24 samples has anything to learn within --max_len 5, of"):
         make_data(world, processor, max_len=5)
     kept = make_data(world, processor, max_len=20)
     assert 0 < kept.n_too_long < 24
