@@ -1,9 +1,8 @@
 """Conversations -> token ids, by the checkpoint's own chat template, and which tokens are learned.
 
-What is trained on is built from what generation will be asked with: for every answer the template's
-rendering with `add_generation_prompt`, then the answer, then the end that the template puts behind it. So
-prompts in training, in evaluate.py and of stock `apply_chat_template` are the same ids. Markers of generation
-blocks are not relied on: published templates have none, or leave the end token outside.
+For every answer: the template's rendering with `add_generation_prompt`, the answer, and the end that the
+template puts behind it. So prompts in training, in evaluate.py and of stock `apply_chat_template` are the
+same ids. Published templates do not mark what is generated, or leave the end token outside of it.
 """
 
 import transformers as hf
@@ -17,8 +16,8 @@ IGNORE = -100  # the target of a position whose next token is given, not predict
 # belongs to the answer: behind "ASSISTANT: " a BPE would merge it into the first answer token when training.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
-    {%- set parts = [{'type': 'text', 'text': message.content}] -%}
-    {%- if message.content is not string -%}{%- set parts = message.content -%}{%- endif -%}
+    {%- set said = message.content -%}
+    {%- set parts = [{'type': 'text', 'text': said}] if said is string else said -%}
     {%- set text = parts | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}
     {%- set images = '<image>\\n' * (parts | selectattr('type', 'equalto', 'image') | list | length) -%}
     {%- if message.role == 'assistant' -%}
@@ -55,30 +54,28 @@ class Chat:
         require(found, f"{where} has a chat template that leaves the answer out: {told!r}")
         self.lead = before.removeprefix(asked) if before.startswith(asked) else ""
         special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | {eos}
-        ends = sorted((t for t in special if t in behind), key=behind.find)
         # The end token may be missing in the template ("USER: .. ASSISTANT: .. USER: .."): then it is learned
         # as the target of the answer's last token, and does not stand in the sequence.
-        size = behind.find(ends[0]) + len(ends[0]) if ends else 0
+        end = min((t for t in special if t in behind), key=behind.find, default="")
+        size = behind.find(end) + len(end)
         self.end, self.rest = behind[:size], behind[size:]
-        self.end_id = tokenizer.convert_tokens_to_ids(ends[0] if ends else eos)
+        self.end_id = tokenizer.convert_tokens_to_ids(end or eos)
 
     def render(self, messages: list[dict], ask: bool = False) -> str:
         """The template's text; `ask`: with the prompt of the answer that comes next."""
+        where = f"the chat template of {self.tokenizer.name_or_path}"
         options = {"chat_template": self.template, "tokenize": False, "add_generation_prompt": ask}
         try:
             text = self.tokenizer.apply_chat_template(messages, **options)
         except Exception as error:  # whatever Jinja, or the template by itself, raises
-            name = self.tokenizer.name_or_path
-            raise InputError(f"the chat template of {name} cannot write a conversation: {error}") from None
+            raise InputError(f"{where} cannot write a conversation: {error}") from None
         n = sum(part["type"] == "image" for m in messages for part in m["content"])
-        lost = f"the chat template of {self.tokenizer.name_or_path} leaves an image out: {text!r}"
-        require(text.count(IMAGE_TOKEN) >= n, lost)
+        require(text.count(IMAGE_TOKEN) >= n, f"{where} leaves an image out: {text!r}")
         return text
 
     def begins(self, text: str) -> bool:
         """Whether the tokenizer's own begin token must be added, as stock processors do."""
-        bos = self.tokenizer.bos_token
-        return not (bos and text.startswith(bos))
+        return not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=self.begins(text))["input_ids"]
@@ -93,8 +90,7 @@ class Chat:
             if message["role"] != "assistant":
                 continue
             asked = self.render(messages[:k], ask=True)
-            differ = f"the chat template writes a conversation as {told!r} and then goes on from {asked!r}"
-            require(asked.startswith(told), f"{differ}: the first must be the beginning of the second")
+            require(asked.startswith(told), f"the chat template must go on from {told!r}, not from {asked!r}")
             prompt = text + asked[len(told) :]
             text = prompt + self.lead + message["content"][-1]["text"] + self.end
             before, given, ids = ids, self.ids(prompt), self.ids(text)
@@ -102,17 +98,15 @@ class Chat:
             require(apart, f"the tokenizer joins an answer with the text beside it in {text[-200:]!r}")
             y += [IGNORE] * (len(ids) - len(y))
             if message is messages[-1] or not last_only:
-                y[len(given) - 1 : -1] = ids[len(given) :]
-                y[-1] = IGNORE if self.end else self.end_id
+                y[len(given) - 1 :] = [*ids[len(given) :], IGNORE if self.end else self.end_id]
             if k + 1 < len(messages):
                 text, told = text + self.rest, self.render(messages[: k + 1])
         return ids, y
 
     def caption(self, messages: list[dict]) -> tuple[list[int], list[int]]:
         """As LLaVA's pre-training: the images and the answers, without the questions and the template."""
-        images = [part for m in messages for part in m["content"] if part["type"] == "image"]
-        answers = [m["content"][-1]["text"] for m in messages if m["role"] == "assistant"]
-        text = self.tokenizer(" ".join(answers), add_special_tokens=False)["input_ids"]
-        given = self.ids("") + [self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)] * len(images)
-        learned = [*text, self.end_id]
+        text = " ".join(m["content"][-1]["text"] for m in messages if m["role"] == "assistant")
+        n = sum(part["type"] == "image" for m in messages for part in m["content"])
+        given = self.ids("") + [self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)] * n
+        learned = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_id]
         return given + learned, [*([IGNORE] * len(given) + learned)[1:], IGNORE]

@@ -124,7 +124,7 @@ def test_a_template_whose_history_is_no_beginning_is_refused():
         "{% for m in messages %}{% if loop.last or m.role == 'user' %}" + PARTS + "{% endif %}{% endfor %}"
     )
     with pytest.raises(
-        InputError, match=r"'<image>\\nWhat is this\?A cat\.' .* '<image>\\nWhat is this\?Why\?'"
+        InputError, match=r"'<image>\\nWhat is this\?A cat\.', .* '<image>\\nWhat is this\?Why\?'"
     ):
         Chat(processor_of(template)).encode(PROBE)
 
