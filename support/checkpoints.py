@@ -24,33 +24,30 @@ def load_stock(path: str, dtype: torch.dtype, weights: bool = True) -> tuple[nn.
         require(isinstance(layer, int), f"{path} reads several vision layers {layer}; only one is possible")
         check_tower(path, config.vision_config)
         processor = hf.AutoProcessor.from_pretrained(path)
-        ids = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), config.image_token_index
-        differ = "its tokenizer has {} as token {}, its config.json has image_token_index {}"
-        require(ids[0] == ids[1], f"{path}: {differ.format(IMAGE_TOKEN, *ids)}; they must be the same")
+        a, b = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), config.image_token_index
+        require(a == b, f"{path}: its tokenizer must have {IMAGE_TOKEN} as token {b} of config.json, not {a}")
         # How many tokens an image becomes is the model's to say: older files of processors leave it out.
         processor.patch_size = config.vision_config.patch_size
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
         processor.num_additional_image_tokens = int(config.vision_config.model_type == "clip_vision_model")
-        with torch.device("cpu" if weights else "meta"):
-            model = hf.LlavaForConditionalGeneration
-            model = complete(path, model, dtype=dtype) if weights else model(config)
-        return model, processor
+        if weights:
+            return complete(path, hf.LlavaForConditionalGeneration, dtype=dtype), processor
+        with torch.device("meta"):
+            return hf.LlavaForConditionalGeneration(config), processor
 
 
 def check_teacher(student: nn.Module, teacher: nn.Module) -> None:
     """Refuse a teacher that does not see the student's sequence or does not speak its tokens."""
-    both = ("student", student), ("teacher", teacher)
-    check_vocabularies(*(("the " + name, m.processor.tokenizer) for name, m in both))
-    ids = [m.config.image_token_index for _, m in both]
-    require(ids[0] == ids[1], "<image> is token {} for the student and {} for the teacher".format(*ids))
-    n = [m.n_visual_tokens for _, m in both]
-    counts = f"an image is {n[0]} tokens for the student and {n[1]} for the teacher"
-    require(n[0] == n[1], f"{counts}: both must see the same sequence")
-    said = [m.chat.encode(PROBE) for _, m in both]
-    texts = [f"{m.chat.render(PROBE)!r} with {m.chat.end_id} as its end token" for _, m in both]
+    both = student, teacher
+    check_vocabularies(*zip(("the student", "the teacher"), (m.processor.tokenizer for m in both)))
+    a, b = (m.config.image_token_index for m in both)
+    require(a == b, f"{IMAGE_TOKEN} is token {a} for the student and {b} for the teacher: give another one")
+    a, b = (m.n_visual_tokens for m in both)
+    require(a == b, f"an image is {a} tokens for the student and {b} for the teacher: give another one")
+    a, b = (m.chat.encode(PROBE) for m in both)
+    texts = " and ".join(f"{m.chat.render(PROBE)!r} with end token {m.chat.end_id}" for m in both)
     advice = "a new student by dpt.py --vision --llm --teacher takes its teacher's template"
-    differ = f"student and teacher write a conversation differently, {' and '.join(texts)}; {advice}"
-    require(said[0] == said[1], differ)
+    require(a == b, f"student and teacher write a conversation differently, {texts}; {advice}")
 
 
 def see_alike(a: nn.Module, b: nn.Module) -> bool:
@@ -58,11 +55,11 @@ def see_alike(a: nn.Module, b: nn.Module) -> bool:
     how, weights = [], []
     for m in a, b:
         how.append((m.processor.image_processor.to_dict(), m.config.vision_feature_select_strategy))
-        seeing = [m.vision_tower.embeddings, *m.layers_that_see()]
-        seeing += [m.vision_tower.pre_layrnorm] if hasattr(m.vision_tower, "pre_layrnorm") else []
+        norm = getattr(m.vision_tower, "pre_layrnorm", nn.Identity())  # CLIP's
+        seeing = m.vision_tower.embeddings, norm, *m.layers_that_see()
         weights.append([p for part in seeing for p in part.parameters()])
-    same_shapes = [p.shape for p in weights[0]] == [p.shape for p in weights[1]]
-    return how[0] == how[1] and same_shapes and all(torch.equal(p.to(q.dtype), q) for p, q in zip(*weights))
+    alike = how[0] == how[1] and len(weights[0]) == len(weights[1])
+    return alike and all(torch.equal(p.to(q.dtype), q) for p, q in zip(*weights))
 
 
 def published_names(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -89,15 +86,13 @@ def check_vocabularies(*models: tuple[str, hf.PreTrainedTokenizerBase]) -> None:
     for token, i in a.items():
         theirs, their_id = ids.get(i, token), b.get(token, i)
         differ = f"{token!r} is id {i} for {name} and {their_id} for {other}, where {i} is {theirs!r}"
-        same = theirs == token and their_id == i
-        require(same, f"teacher and student must share the tokenizer: {differ}")
+        require((theirs, their_id) == (token, i), f"student and teacher must share the tokenizer: {differ}")
 
 
 def check_tower(path: str, config: hf.PretrainedConfig) -> None:
     """Only towers that the model can run layer by layer."""
-    known = ("siglip_vision_model", "clip_vision_model")
-    kind = f"a '{config.model_type}' vision tower"
-    require(config.model_type in known, f"{path} has {kind}; SigLIP's (not SigLIP 2 NaFlex) and CLIP's work")
+    kind, known = config.model_type, ("siglip_vision_model", "clip_vision_model")
+    require(kind in known, f"{path} has a '{kind}' vision tower; SigLIP's (not NaFlex) and CLIP's work")
 
 
 def complete(path: str, kind: type, dtype: torch.dtype = torch.float32, **options: object) -> nn.Module:
