@@ -19,8 +19,8 @@ import dpt
 import sft
 from model import Llava
 from support.checkpoints import check_teacher
-from support.flags import REQUIRED, InputError, add_flags, add_kd_flags, add_student_flags, cli
-from support.flags import new_parser, require, to_argv
+from support.flags import REQUIRED, InputError, add_flags, add_kd_flags, cli, new_parser, require, to_argv
+from support.parts import add_student_flags
 from support.ranks import process_group
 
 

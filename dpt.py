@@ -19,10 +19,9 @@ import torch
 from data import LlavaData, count_rows, micro_batches, schedule
 from losses import autoregressive_loss, prompt_kl, relation_loss, response_kl, self_correlation, visual_kl
 from model import Llava, load_teacher
-from support.parts import new_llava
 from support.chunks import gram, over_rows
-from support.flags import add_flags, add_kd_flags, add_student_flags, add_training_flags, cli, kd_weights
-from support.flags import new_parser
+from support.flags import add_flags, add_kd_flags, add_training_flags, cli, kd_weights, new_parser
+from support.parts import add_student_flags, new_llava
 from support.ranks import process_group
 from support.run import check_samples, may_update, open_run, save_student, seed_step, start_run, write_log
 from support.state import load_state, make_optimizer, save_state_if_due, set_lr, stop_if_asked

@@ -53,9 +53,8 @@ def add_flags(parser: argparse.ArgumentParser, title: str, rows: list[tuple]) ->
     """
     group = parser.add_argument_group(title)
     for name, kind, default, text in rows:
-        shown = "" if default in (REQUIRED, None, "") else f" (default: {default})".replace("%", "%%")
-        options = {"help": text + shown}
-        options |= {"required": True} if default is REQUIRED else {"default": default}
+        options = {"required": True} if default is REQUIRED else {"default": default}
+        options["help"] = text + ("" if default in (REQUIRED, None, "") else " (default: %(default)s)")
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(kind, list):
@@ -74,17 +73,6 @@ def to_argv(**flags: object) -> list[str]:
         elif value is not None:
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return words
-
-
-def add_student_flags(parser: argparse.ArgumentParser, llm: str) -> None:
-    """What the student is made of, where a stage may begin with a new one; `llm` names the paper's."""
-    add_flags(parser, "student", [
-        ("--vision", str, None, "vision tower of a new student, hub name or folder; SigLIP-so400m-384"),
-        ("--llm", str, None, f"language model of a new student, hub name or folder; paper: {llm}"),
-        ("--student", str, None, "LLaVA checkpoint that is trained, instead of --vision and --llm"),
-        ("--template", ("teacher", "own"), "teacher", "whose chat template, tokenizer and image "
-         "preparation a new student has; without a teacher this project's own"),
-    ])
 
 
 def add_kd_flags(parser: argparse.ArgumentParser, alpha: float, beta: float, gamma: float, relation: str,

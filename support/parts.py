@@ -1,23 +1,34 @@
-"""A new model from a pre-trained vision tower and language model, which may follow its teacher."""
+"""A new student of a pre-trained vision tower and language model, which may follow its teacher; its flags."""
 
 import copy
+from argparse import ArgumentParser
 
 import torch
 import transformers as hf
 from torch import nn
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from support.chat import CHAT_TEMPLATE, IMAGE_TOKEN
+from support.chat import CHAT_TEMPLATE, IMAGE_TOKEN, Chat
 from support.checkpoints import check_tower, check_vocabularies, complete, load_stock, loading
-from support.flags import require
+from support.flags import add_flags, require
+
+
+def add_student_flags(parser: ArgumentParser, llm: str) -> None:
+    """What the student is made of, where a stage may begin with a new one; `llm` names the paper's."""
+    add_flags(parser, "student", [
+        ("--vision", str, None, "vision tower of a new student, hub name or folder; SigLIP-so400m-384"),
+        ("--llm", str, None, f"language model of a new student, hub name or folder; paper: {llm}"),
+        ("--student", str, None, "LLaVA checkpoint that is trained, instead of --vision and --llm"),
+        ("--template", ("teacher", "own"), "teacher", "whose chat template, tokenizer and image "
+         "preparation a new student has; without a teacher this project's own"),
+    ])
 
 
 def new_llava(vision: str, llm: str, teacher: str | None = None) -> tuple[nn.Module, hf.LlavaProcessor]:
     """A stock LLaVA of both parts (hub names or folders) with a fresh projector, and its processor.
 
-    With a teacher (a LLaVA checkpoint) the student speaks and sees as the teacher does: tokenizer and chat
-    template are the teacher's, and, for a tower of the same kind, how images are prepared and which layer is
-    read. Without one it reads layer -2 (as LLaVA) of all patches and has this project's template.
+    A teacher (a LLaVA checkpoint) gives it tokenizer and chat template and, for a tower of the same kind, how
+    images are prepared and which layer is read; else layer -2 as LLaVA, all patches, this project's template.
     """
     with loading(f"--vision {vision}"):
         tower_config = hf.AutoConfig.from_pretrained(vision)
@@ -34,15 +45,14 @@ def new_llava(vision: str, llm: str, teacher: str | None = None) -> tuple[nn.Mod
     select = "default" if has_cls else "full"  # "default" drops it; of SigLIP all tokens are patches
     if teacher:
         theirs, processor = load_stock(teacher, torch.float32, weights=False)
-        tokenizer = processor.tokenizer
-        template = processor.chat_template or tokenizer.chat_template
+        tokenizer, template = processor.tokenizer, Chat(processor).template
         check_vocabularies((llm, own), (teacher, tokenizer))
         kind = lambda c: (c.model_type, c.image_size, c.patch_size)
         if kind(theirs.config.vision_config) == kind(tower_config):
             image_processor = processor.image_processor
-            theirs_n, n = theirs.config.vision_config.num_hidden_layers, tower_config.num_hidden_layers
-            n_read = theirs.config.vision_feature_layer % (theirs_n + 1)  # published towers may end there
-            layer = min(n_read, n) - n - 1
+            n = tower_config.num_hidden_layers  # a published tower may end where it is read
+            read = theirs.config.vision_feature_layer % (theirs.config.vision_config.num_hidden_layers + 1)
+            layer = min(read, n) - n - 1
             select = theirs.config.vision_feature_select_strategy
     else:
         tokenizer.add_tokens(hf.AddedToken(IMAGE_TOKEN, special=True, normalized=False))
@@ -52,9 +62,9 @@ def new_llava(vision: str, llm: str, teacher: str | None = None) -> tuple[nn.Mod
         language.resize_token_embeddings(n_ids, pad_to_multiple_of=64)
     config = hf.LlavaConfig(  # of copies: it would reset the attention of the configs it is given
         vision_config=copy.deepcopy(tower_config), text_config=copy.deepcopy(language.config),
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), vision_feature_layer=layer,
-        vision_feature_select_strategy=select, projector_hidden_act="gelu",
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), projector_hidden_act="gelu",
         image_seq_length=(tower_config.image_size // tower_config.patch_size) ** 2,
+        vision_feature_layer=layer, vision_feature_select_strategy=select,
         tie_word_embeddings=language.config.tie_word_embeddings,
     )
     processor = hf.LlavaProcessor(
