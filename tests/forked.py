@@ -32,7 +32,7 @@ def imports_of(tree: str) -> Iterator[None]:
 
 
 def train(tree: str, argv: list[str], few_rows: bool) -> None:
-    """Run the DFT of `tree`; with `few_rows`, losses see nine rows at a time, as a large vocabulary has it."""
+    """Run the DFT of `tree`; with `few_rows`, losses see nine rows at a time, as for a large vocabulary."""
     with imports_of(tree):
         dft = importlib.import_module("dft")
         assert Path(dft.__file__).parent == Path(tree)
