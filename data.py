@@ -215,3 +215,7 @@ def micro_batches(data: LlavaData, steps: list, first: int, run: Run) -> Iterato
     ))
     for step in range(first, len(steps)):
         yield step, [next(loader) for _ in range(0, run.args.global_batch, size * ranks.world_size)]
+
+
+if __name__ == "__main__":
+    raise SystemExit("look at a data file by: python -m lab.look FILE --images IMAGES --model CHECKPOINT")

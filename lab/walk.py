@@ -27,9 +27,7 @@ import dpt
 import mod_distill
 import sft
 from lab.world import BASE, write_world
-from model import Llava
 from moe import sparsify
-from support.checkpoints import new_llava
 from support.flags import cli, new_parser, to_argv
 
 STAGES = {"dpt": dpt, "sft": sft, "dft": dft} | dict.fromkeys(mod_distill.STEPS, mod_distill)
@@ -46,7 +44,8 @@ def prepare(name: str, root: Path) -> list[str]:
     write_world(root, n_train=8, n_test=0)
     for role, llm in ("student", "small"), ("teacher", "large"):
         torch.manual_seed(0)
-        model = Llava(*new_llava(f"{BASE}/siglip", f"{BASE}/qwen-{llm}"))
+        new = {"vision": f"{BASE}/siglip", "llm": f"{BASE}/qwen-{llm}", "template": "own"}
+        model = dpt.new_student(argparse.Namespace(student=None, **new))
         if name == "pd" and role == "student":
             sparsify(model, experts=4, top_k=2, layers="every_other")
         model.save(root / role)

@@ -127,6 +127,9 @@ def test_pairs_that_are_the_same_within_max_len_are_left_out(checkpoints, tmp_pa
     cut = open_data(tmp_path / "d.json", tmp_path, processor, pairs=True, max_len=14)
     assert (len(cut), cut.n_too_long) == (1, 1)
     assert cut.sample(int(cut.usable[0]))[1][0][1]["content"][0]["text"].startswith("left")
+    late = {"question": "describe", "chosen": long * 20 + "one", "rejected": long * 20 + "two"}
+    (tmp_path / "late.json").write_text(json.dumps([late, pairs[1]]))  # its prompt alone is short for certain
+    assert open_data(tmp_path / "late.json", tmp_path, processor, pairs=True, max_len=100).n_too_long == 1
 
 
 def test_captions_behind_images_that_do_not_fit_are_left_out(checkpoints, tmp_path):

@@ -258,7 +258,7 @@ def test_the_start_up_summary_and_a_second_call(chain, world, checkpoints, capsy
     dft.main(argv)
     assert "finished already" in capsys.readouterr().out
     assert (chain / "dft" / "log.jsonl").read_text() == before
-    assert json.loads((chain / "dft" / "run.json").read_text())["seconds"] > 0
+    assert json.loads((chain / "dft" / "run.json").read_text())["seconds"] is not None
 
 
 def test_sft_is_dft_without_a_teacher(chain, world, tmp_path):
@@ -270,8 +270,8 @@ def test_sft_is_dft_without_a_teacher(chain, world, tmp_path):
 def over_full_logits(objective, kinds, y, student, teacher):
     """What `over_rows` stands for: full logits, and autograd."""
     log_s, log_t = ((h @ w.T).log_softmax(-1) for h, w in (student, teacher))
-    kinds = [torch.zeros_like(y, dtype=torch.bool) if kind is None else kind for kind in kinds]
-    return objective(*(chunks.Rows(log_s[kind], log_t[kind], y[kind]) for kind in kinds))
+    kinds = {k: torch.zeros_like(y, dtype=torch.bool) if mask is None else mask for k, mask in kinds.items()}
+    return objective(**{k: chunks.Rows(log_s[mask], log_t[mask], y[mask], None) for k, mask in kinds.items()})
 
 
 def test_chunked_and_plain_give_the_same_training_curve_on_the_toy_world(tmp_path, monkeypatch):
