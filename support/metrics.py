@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from support.flags import InputError, require
 
 QUOTES = str.maketrans("‘’ʼ“”", "'''\"\"")
+FULL_WIDTH = {0xFEE0 + code: code for code in range(0x21, 0x7F)} | {ord("。"): "."}  # to plain ASCII
 
 
 def plain(text: str) -> str:
-    """What of a text is compared: composed accents (NFKC), straight quotes, no case, final stop or blanks."""
-    return unicodedata.normalize("NFKC", text).translate(QUOTES).strip().rstrip(".").lower()
+    """What of a text is compared: its words in one form (NFKC, straight quotes), without case and final stop."""
+    words = unicodedata.normalize("NFKC", text).translate(QUOTES).split()
+    return " ".join(words).rstrip(".。! ").lower()
 
 
 def read_label(q: dict) -> str:
@@ -56,7 +58,9 @@ def pope(questions: list[dict], answers: list[str]) -> dict:
     """POPE's scores as its own script has them, "yes" being the positive class: of an answer the first
     sentence is read, and it is "no" if one of its words is "No", "not" or "no", else "yes". `unclear` is the
     number of answers that do not begin with what is read there: "NO" and "**No**" (read as yes), "A dog".
+    Full-width letters and stops, which the script does not know, are first made plain ones.
     """
+    answers = [answer.translate(FULL_WIDTH) for answer in answers]
     words = [set(answer.split(".")[0].replace(",", "").split(" ")) for answer in answers]
     said = ["no" if w & {"No", "not", "no"} else "yes" for w in words]
     count = Counter((s == "yes", read_yes_no(q) == "yes") for s, q in zip(said, questions))

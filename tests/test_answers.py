@@ -47,6 +47,9 @@ def test_a_reference_that_can_be_misread_is_refused(tmp_path, metric, reference,
 def test_labels_of_any_case_score_as_meant():
     labels = [{"label": label} for label in ("No", "NO", "Yes", "yes.")]
     assert pope(labels, ["No", "no.", "Yes", "yes"])["accuracy"] == 100
+    full_width = [{"label": label} for label in ("ｎｏ", "ＮＯ。", "ｙｅｓ", "Ｙｅｓ！")]
+    scores = pope(full_width, ["Ｎｏ", "Ｎｏ。ＹＥＳ", "ＹＥＳ", "Yes。 It is not small."])
+    assert (scores["accuracy"], scores["unclear"]) == (100, 0)
 
 
 def test_pope_counts_the_answers_that_its_script_misreads():
@@ -54,15 +57,19 @@ def test_pope_counts_the_answers_that_its_script_misreads():
     scores = pope([{"label": "no"}] * len(misread), misread)
     assert scores["unclear"] == len(misread)
     assert scores["accuracy"] == pytest.approx(100 / 8)  # the official score: only "Yes, no doubt" is a no
+    assert pope([{"label": "no"}], ["No… none"])["accuracy"] == 0  # it ends a sentence at a full stop alone
     plain = ["No", "no.", "No, none.", "Yes", "yes.", "YES", "**Yes**"]
     assert pope([{"label": "no"}] * len(plain), plain)["unclear"] == 0
 
 
 def test_what_looks_the_same_is_the_same():
     for label, answer in (("don't", "don’t"), ("caf\u00e9", "cafe\u0301"), ("Ａ", "a"),
-                          ("10 cm", "10\u00a0cm")):
-        assert exact_match([{"label": label}], [f"{answer}."])["accuracy"] == 100, label
-    assert exact_match([{"label": "cafe"}], ["caf\u00e9"])["accuracy"] == 0
+                          ("10 cm", "10\u00a0 cm"), ("北京", "北京"), ("red", "red !"), ("2", "２")):
+        for end in ".", "。", "．", "!", "！", "":
+            assert exact_match([{"label": label}], [f"{answer}{end}"])["accuracy"] == 100, (label, end)
+            assert exact_match([{"label": f"{answer}{end}"}], [label])["accuracy"] == 100, (label, end)
+    for label, answer in ("cafe", "caf\u00e9"), ("北京", "南京"), ("red", "red?"), ("3.5", "35"):
+        assert exact_match([{"label": label}], [answer])["accuracy"] == 0, label
 
 
 def test_plurals_of_objects(tmp_path):

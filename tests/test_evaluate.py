@@ -84,25 +84,16 @@ def test_exact_match_overall_and_by_category():
 
 
 def test_pope_by_hand():
-    labels = ["yes", "yes", "yes", "no", "no", "no", "no", "no"]
-    answers = [
-        "Yes.",
-        "yes, there is",
-        "No",
-        "no",
-        "There is not. Yes",
-        "Yes",
-        "it is not, really",
-        "No, none.",
-    ]
-    scores = pope([{"label": label} for label in labels], answers)  # TP 2, FN 1, TN 4, FP 1
-    expected = {"accuracy": 75, "precision": 200 / 3, "recall": 200 / 3, "f1": 200 / 3, "yes_ratio": 37.5,
-                "unclear": 2}
+    """Right and wrong of both kinds so many that no two scores are equal."""
+    labels = ["yes"] * 4 + ["no"] * 6
+    answers = ["Yes.", "yes, there is", "It is, I think", "No",  # TP 3, FN 1
+               "Yes", "YES", "no", "There is not. Yes", "it is not, really", "No, none."]  # FP 2, TN 4
+    scores = pope([{"label": label} for label in labels], answers)
+    expected = {"accuracy": 70, "precision": 60, "recall": 75, "f1": 200 / 3, "yes_ratio": 50, "unclear": 3}
     assert scores == pytest.approx(expected)
     assert pope([{"label": "yes"}], ["no"])["f1"] == 0
-    assert (
-        pope([{"label": "no"}] * 2, ["NO", "Not really"])["accuracy"] == 0
-    )  # as POPE's own script reads them
+    as_its_own_script = pope([{"label": "no"}] * 2, ["NO", "Not really"])
+    assert as_its_own_script["accuracy"] == 0
 
 
 def test_what_is_no_llava_checkpoint_is_refused(questions, world, parts, tmp_path):
