@@ -151,6 +151,8 @@ def draw_sample(path: Path, questions: list, answers: dict[str, list], args: arg
 def main(argv: list[str] | None = None) -> dict[str, dict]:
     args = parse_args(argv)
     require(IMAGE_TOKEN not in args.suffix, f"--suffix must not hold {IMAGE_TOKEN}: questions bring images")
+    told = args.metric == "hallucination" or not args.objects
+    require(told, f"--objects is for --metric hallucination, but --metric is {args.metric}")
     metric, out = METRICS[args.metric][0], Path(args.out)
     questions, bad = read_questions(args.questions, args.images, args.metric, args.skip_bad)
     if args.metric == "hallucination":

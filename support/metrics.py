@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 from support.flags import InputError, require
 
@@ -15,7 +16,7 @@ FULL_WIDTH = {0xFEE0 + code: code for code in range(0x21, 0x7F)} | {ord("。"): 
 
 
 def plain(text: str) -> str:
-    """What of a text is compared: its words in one form (NFKC, straight quotes), without case and final stop."""
+    """What of a text is compared: words in one form (NFKC, straight quotes), no case and no final stop."""
     words = unicodedata.normalize("NFKC", text).translate(QUOTES).split()
     return " ".join(words).rstrip(".。! ").lower()
 
@@ -35,9 +36,14 @@ def read_yes_no(q: dict) -> str:
 
 def read_objects(q: dict) -> list[str]:
     objects = q.get("objects")
-    named = isinstance(objects, list) and all(isinstance(o, str) and plain(o) for o in objects)
+    named = isinstance(objects, list) and all(isinstance(o, str) and wording(o) for o in objects)
     require(named, f"{q.get('where')}: 'objects' must be the list of the names of what its image shows")
-    return [plain(o) for o in objects]
+    return [wording(o) for o in objects]
+
+
+def wording(text: str) -> str:
+    """What of an object's name is compared: `plain` text, a hyphen being a blank (hot-dog)."""
+    return plain(text.replace("-", " "))
 
 
 def by_category(questions: list[dict], points: list[float]) -> dict:
@@ -101,21 +107,15 @@ def mentions(answer: str, vocabulary: dict[str, str]) -> Iterator[str]:
                for end, plural in PLURALS.items() if word.endswith(end)}
     known = plurals | vocabulary
     wordings = "|".join(re.escape(w) for w in sorted(known, key=len, reverse=True))
-    for match in re.finditer(rf"(?<!\w)({wordings})(?:e?s)?(?!\w)", plain(answer)):
+    for match in re.finditer(rf"(?<!\w)({wordings})(?:e?s)?(?!\w)", wording(answer)):
         yield known[match.group(1)]
 
 
 def read_vocabulary(questions: list[dict], path: str | None) -> None:
-    """Give every question a `vocabulary`, from every wording to the object it means: all objects of the
-    questions, or a file with an object a line, its other wordings after it (as CHAIR's `person, girl, boy`).
+    """Give every question a `vocabulary`, from every wording to the object it means: those of the file, or
+    without one the names of all objects of the questions.
     """
-    vocabulary = {}
-    try:
-        for line in open(path, encoding="utf-8") if path else []:
-            wordings = [plain(w) for w in line.split(",") if plain(w)]
-            vocabulary |= dict.fromkeys(wordings, wordings[0])
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the objects' file {path}: {error}") from None
+    vocabulary = read_wordings(path) if path else {}
     for q in questions:
         q["objects"], q["vocabulary"] = read_objects(q), vocabulary
         if not path:
@@ -125,6 +125,25 @@ def read_vocabulary(questions: list[dict], path: str | None) -> None:
         for unknown in (o for o in q["objects"] if o not in vocabulary):
             raise InputError(f"{q['where']}: the object {unknown!r} is not in {path}; add a line for it")
         q["objects"] = [vocabulary[o] for o in q["objects"]]
+
+
+def read_wordings(path: str) -> dict[str, str]:
+    """From wordings to objects, of a file of lines as CHAIR's: an object, then its other wordings."""
+    vocabulary = {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the objects' file {path}: {error}") from None
+    for number, line in enumerate(lines, 1):
+        words = [wording(w) for w in re.split(r"[,;\t，；、]", line) if wording(w)]
+        for w in words:
+            where = f"{path} line {number}: {w!r}"
+            a_line = "a line is an object and its other wordings, as in: dog, puppy"
+            require(re.fullmatch(r'\w[^][(){}":=|/]*', w), f"{where} cannot be an object's name; {a_line}")
+            other = vocabulary.setdefault(w, words[0])
+            twice = f"{where} means {words[0]!r} here and {other!r} before; take it out of one of the lines"
+            require(other == words[0], twice)
+    return vocabulary
 
 
 # How to score, the field with the reference, and how that is read.

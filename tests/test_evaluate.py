@@ -155,8 +155,14 @@ def test_hallucination_by_hand():
     assert scores["accuracy"] == 75
 
 
-def test_a_file_of_wordings(tmp_path):
-    (tmp_path / "synonyms.txt").write_text("person, man, woman\ndog, puppy\n")
+@pytest.mark.parametrize("text", [
+    "person, man, woman\ndog, puppy\n", "\ufeffperson,man,woman\r\ndog,puppy",
+    "dog; puppy\n\nperson;woman ; man\n\n", "Person\tman\tWoman\nDog\tPuppy.",
+    "person, man, man\ndog,, puppy,\nperson, woman", "- person, man, woman\n- dog, puppy",
+    "person，man、woman\ndog；puppy",
+])
+def test_a_file_of_wordings_in_any_form(tmp_path, text):
+    (tmp_path / "synonyms.txt").write_text(text, encoding="utf-8")
     questions = [described("man"), described("dog")]
     read_vocabulary(questions, str(tmp_path / "synonyms.txt"))
     scores = hallucination(questions, ["a woman with a puppy", "a puppy"])
@@ -164,10 +170,40 @@ def test_a_file_of_wordings(tmp_path):
     for bad, message in ((described("zebra"), "'zebra' is not in"), (described(3), "must be the list")):
         with pytest.raises(InputError, match=message):
             read_vocabulary([bad], str(tmp_path / "synonyms.txt"))
+
+
+@pytest.mark.parametrize("text, message", [
+    ("cow, calf\ndog\nelephant, Calf.\n", "line 3: 'calf' means 'elephant' here and 'cow' before"),
+    ("person, man\nman, boy\n", "line 2: 'man' means 'man' here and 'person' before"),
+    ('{"dog": ["puppy", "hound"]}', "line 1: '.*cannot be an object's name; a line is an object and"),
+    ('{\n "dog": [\n  "puppy"\n ]\n}', "line 1: '{' cannot be"),
+    ("dog\ncat: kitten, tabby", "line 2: 'cat: kitten'"), ("* dog\n", r"line 1: '\* dog'"),
+    ("# animals\ndog", "line 1: '# animals'"), ("dog | puppy", "line 1"), ("dog/puppy", "line 1"),
+    ("dog\nmouse (computer)", "line 2"),
+])
+def test_a_file_of_wordings_that_can_be_misread_is_refused(tmp_path, text, message):
+    (tmp_path / "synonyms.txt").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_vocabulary([described("dog")], str(tmp_path / "synonyms.txt"))
+
+
+def test_a_vocabulary_that_cannot_be(tmp_path):
     with pytest.raises(InputError, match="cannot read the objects' file"):
         read_vocabulary([described("dog")], str(tmp_path / "none.txt"))
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(InputError, match="cannot read the objects' file"):
+        read_vocabulary([described("dog")], str(tmp_path / "latin.txt"))
     with pytest.raises(InputError, match="no question has an object"):
         read_vocabulary([described()], None)
+    with pytest.raises(InputError, match="--objects is for --metric hallucination, but --metric is exact"):
+        evaluate.main(to_argv(model="m", questions="q", objects="synonyms.txt"))
+
+
+def test_a_hyphen_is_a_blank():
+    questions = [described("dog", "hot-dog", "T-shirt"), described("traffic light"), described("dog")]
+    read_vocabulary(questions, None)
+    scores = hallucination(questions, ["a hot dog, a t shirt", "A traffic-light.", "a hot-dog stand"])
+    assert (scores["recall"], scores["response_rate"]) == (60, pytest.approx(100 / 3))
 
 
 def test_hallucination_through_the_command_line(world, checkpoints, tmp_path):
