@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import transformers as hf
 from tqdm import tqdm
 
 from support.chat import IMAGE_TOKEN, Chat, turn
@@ -102,6 +103,7 @@ def generate(model_path: str, questions: list[dict], args: argparse.Namespace) -
         chat, tokenizer = Chat(processor), processor.tokenizer
         tokenizer.padding_side = "left"  # so that every row's answer starts at the same place
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        model.generation_config = greedy(model, tokenizer)
         size = lambda i: (len(questions[i]["images"]), len(questions[i]["text"]))
         order, suffix = sorted(range(len(questions)), key=size), args.suffix.replace("\\n", "\n")
         # Token ids minus the padding's: 0 where this rank has no answer, so that the ranks' can be added.
@@ -116,11 +118,18 @@ def generate(model_path: str, questions: list[dict], args: argparse.Namespace) -
             prompts = [chat.render([question], ask=True) for question in asked]  # as in training
             how = {"padding": True, "return_tensors": "pt", "add_special_tokens": chat.begins(prompts[0])}
             inputs = processor(images=images, text=prompts, **how).to(ranks.device, dtype)
-            tokens = model.generate(**inputs, do_sample=False, max_new_tokens=args.max_new_tokens)
+            tokens = model.generate(**inputs, max_new_tokens=args.max_new_tokens)
             new = tokens[:, inputs["input_ids"].shape[1] :]
             answers[order[k : k + args.batch], : new.shape[1]] = new - tokenizer.pad_token_id
         new = tokenizer.batch_decode(ranks.sum(answers) + tokenizer.pad_token_id, skip_special_tokens=True)
     return [answer.strip() for answer in new]
+
+
+def greedy(model: torch.nn.Module, tokenizer: hf.PreTrainedTokenizerBase) -> hf.GenerationConfig:
+    """Of the checkpoint's own settings its end tokens alone: sampling, beams or penalties would count too."""
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return hf.GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
 
 
 def draw_sample(path: Path, questions: list, answers: dict[str, list], args: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from evaluate import greedy
 from lab.results import machine
 from losses import autoregressive_loss, relation_loss, response_kl, self_correlation, visual_kl
 from support.chat import Chat, turn
@@ -143,13 +144,14 @@ def infer(path: str, repeats: int, n_new: int = 64) -> dict:
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     model, processor = load_stock(path, dtype)
     model, size = model.to(device).eval(), model.config.vision_config.image_size
+    model.generation_config = greedy(model, processor.tokenizer)
     prompt = Chat(processor).render([turn("user", "What is this?", 1)], ask=True)
     question = processor(images=Image.new("RGB", (size, size)), text=prompt, return_tensors="pt")
     question = question.to(device, dtype)
 
     def seconds(n_tokens: int) -> float:
         start = time.perf_counter()
-        model.generate(**question, do_sample=False, min_new_tokens=n_tokens, max_new_tokens=n_tokens)
+        model.generate(**question, min_new_tokens=n_tokens, max_new_tokens=n_tokens)
         return time.perf_counter() - start  # the tokens are on the CPU's side too: no kernel is pending
 
     flops, aten = FlopCounterMode(display=False), torch.ops.aten

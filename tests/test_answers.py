@@ -226,3 +226,24 @@ def test_a_line_that_is_no_json(tmp_path):
         evaluate.read_questions(str(tmp_path / "q.jsonl"), ".", "exact")
     good, bad = evaluate.read_questions(str(tmp_path / "q.jsonl"), ".", "exact", 1)
     assert ([q["question_id"] for q in good], len(bad)) == ([0, 2], 1)
+
+
+@pytest.mark.parametrize("own", [
+    {"do_sample": True, "temperature": 9.0, "top_k": 0, "num_return_sequences": 2},
+    {"num_beams": 4, "length_penalty": 9.0, "no_repeat_ngram_size": 1},
+    {"penalty_alpha": 0.6, "top_k": 4, "max_time": 1e-9, "max_length": 3, "max_new_tokens": 2},
+    {"repetition_penalty": 2.5, "guidance_scale": 4.0, "min_new_tokens": 7, "stop_strings": ["e"],
+     "exponential_decay_length_penalty": [1, 9.0], "suppress_tokens": list(range(300)),
+     "watermarking_config": {"greenlist_ratio": 0.25, "bias": 50.0}, "forced_eos_token_id": 371},
+], ids=lambda own: next(iter(own)))
+def test_a_checkpoint_s_own_settings_do_not_change_its_answers(world, checkpoints, tmp_path, own):
+    """Greedy is the likeliest next token each time, whatever the checkpoint would rather have."""
+    shutil.copytree(checkpoints["small"], tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    args = evaluate.parse_args(to_argv(model="m", questions="q", images=world / "images", max_new_tokens=6))
+    questions = [{"where": "q", "text": f"what color is {k} ?", "images": [f"{k}.png"]} for k in range(3)]
+    plain, with_own = (evaluate.generate(str(model), questions, args)
+                       for model in (checkpoints["small"], tmp_path / "model"))
+    assert with_own == plain
+    assert len(set(plain)) > 1
