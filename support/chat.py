@@ -47,11 +47,18 @@ class Chat:
         where, eos = f"the checkpoint {tokenizer.name_or_path}", tokenizer.eos_token
         require(self.template, f"{where} has no chat template; save one with its tokenizer")
         require(eos is not None, f"{where} has no end token: set eos_token in its tokenizer_config.json")
-        # What stands between prompt and answer and behind the answer, from one with a word we can find again.
-        question, word = turn("user", "Q"), "Answerword"
-        asked, told = self.render([question], ask=True), self.render([question, turn("assistant", word)])
+        # What stands between prompt and answer and behind the answer, from texts that can be found again. Of
+        # two lines each: a template that takes a text and is given a list of parts prints it as Python does.
+        question, word = "Two\nlines", "Answer\nword"
+        asked = self.render([turn("user", question)], ask=True)
+        told = self.render([turn("user", question), turn("assistant", word)])
         before, found, behind = told.partition(word)
-        require(found, f"{where} has a chat template that leaves the answer out: {told!r}")
+        advice = "it must write the texts of a list of parts, as the templates of llava-hf's checkpoints do"
+        require(question in asked, f"{where} has a chat template that asks no question: {asked!r}; {advice}")
+        require(found, f"{where} has a chat template that leaves the answer out: {told!r}; {advice}")
+        bare = tokenizer(asked, add_special_tokens=False)["input_ids"]
+        more = "take that out of the post_processor in its tokenizer.json: the answer comes next"
+        require(self.ids(asked)[-1] == bare[-1], f"{where} puts an end token behind every text; {more}")
         self.lead = before.removeprefix(asked) if before.startswith(asked) else ""
         special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | {eos}
         # The end token may be missing in the template ("USER: .. ASSISTANT: .. USER: .."): then it is learned

@@ -8,10 +8,12 @@ import pytest
 import torch
 from conftest import launch, new_student, vision_config
 from PIL import Image
+from test_chat import CHATML, LLAMA, processor_of
 from transformers import AutoProcessor, CLIPImageProcessorPil, CLIPVisionConfig, pipeline
 
 import evaluate
 from support.checkpoints import load_stock
+from support.chat import Chat, turn
 from support.flags import InputError, to_argv
 from support.metrics import METRICS, exact_match, pope, read_vocabulary
 
@@ -247,3 +249,22 @@ def test_a_checkpoint_s_own_settings_do_not_change_its_answers(world, checkpoint
                        for model in (checkpoints["small"], tmp_path / "model"))
     assert with_own == plain
     assert len(set(plain)) > 1
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA], ids=["added", "written"])
+def test_questions_are_asked_with_one_begin_token(checkpoints, world, tmp_path, monkeypatch, template):
+    """The ids of training, where the tokenizer adds the begin token and where the template writes it too."""
+    shutil.copytree(checkpoints["small"], tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    processor = processor_of(template, begin=True)
+    processor.save_pretrained(tmp_path / "model")
+    model, _ = load_stock(str(tmp_path / "model"), torch.float32)
+    asked = []
+    generate = lambda self, input_ids, **_: asked.append(input_ids) or input_ids
+    monkeypatch.setattr(type(model), "generate", generate)
+    question = {"where": "q", "text": "how many ?", "images": []}
+    args = evaluate.parse_args(to_argv(model="m", questions="q"))
+    evaluate.generate(str(tmp_path / "model"), [question], args)
+    chat = Chat(processor)
+    assert asked[0].tolist() == [chat.ids(chat.render([turn("user", "how many ?")], ask=True))]
+    assert asked[0].tolist()[0].count(processor.tokenizer.bos_token_id) == 1

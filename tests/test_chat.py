@@ -239,8 +239,31 @@ def test_a_teacher_whose_tower_was_cut_where_it_is_read(parts, tmp_path):
 
 
 def test_a_template_that_writes_no_image_is_refused():
-    """As that of a language model alone, which would print the list of parts."""
-    template = "{% for m in messages %}{{ m.role + ' ' + (m.content | string) + eos_token }}{% endfor %}"
-    chat = Chat(processor_of(template + "{% if add_generation_prompt %}assistant {% endif %}"))
+    chat = Chat(processor_of(CHATML.replace("'<image>\n' if c.type == 'image' else c.text", "c.text")))
     with pytest.raises(InputError, match="leaves an image out"):
         chat.encode(PROBE)
+
+
+@pytest.mark.parametrize("writes", ["m.content | string", "m.content | trim", "m.content | tojson"])
+def test_a_template_for_texts_is_refused_and_not_asked_with_a_printed_list(writes):
+    """As that of a language model alone: it would print the list of parts, if no image is asked about."""
+    text, parts = "{{ " + writes + " }}", PARTS
+    with pytest.raises(InputError, match="asks no question: .*type.*the texts of a list of parts"):
+        Chat(processor_of(CHATML.replace(PARTS, text)))
+    only_answers = "{% if m.role == 'user' %}" + parts + "{% else %}" + text + "{% endif %}"
+    with pytest.raises(InputError, match="leaves the answer out: .*type"):
+        Chat(processor_of(CHATML.replace(PARTS, only_answers)))
+
+
+def test_a_tokenizer_that_ends_every_text_is_refused_unless_it_is_never_asked_to():
+    def ending(template: str) -> LlavaProcessor:
+        processor = processor_of(template, begin=True)
+        ends = [(token, processor.tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "<|im_end|>")]
+        both = TemplateProcessing(single="<s> $A <|im_end|>", special_tokens=ends)
+        processor.tokenizer.backend_tokenizer.post_processor = both
+        return processor
+
+    with pytest.raises(InputError, match="an end token behind every text; take that out .* tokenizer.json"):
+        Chat(ending(CHATML))
+    chat = Chat(ending(LLAMA))  # it writes the begin token itself, so the tokenizer adds nothing
+    assert chat.ids("<s>two")[1:] == chat.tokenizer("two", add_special_tokens=False)["input_ids"]
