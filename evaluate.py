@@ -104,6 +104,8 @@ def generate(model_path: str, questions: list[dict], args: argparse.Namespace) -
         tokenizer.padding_side = "left"  # so that every row's answer starts at the same place
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         model.generation_config = greedy(model, tokenizer)
+        finite = []  # whether the logits of each token are
+        model.lm_head.register_forward_hook(lambda head, _, logits: finite.append(logits.isfinite().all()))
         size = lambda i: (len(questions[i]["images"]), len(questions[i]["text"]))
         order, suffix = sorted(range(len(questions)), key=size), args.suffix.replace("\\n", "\n")
         # Token ids minus the padding's: 0 where this rank has no answer, so that the ranks' can be added.
@@ -119,6 +121,9 @@ def generate(model_path: str, questions: list[dict], args: argparse.Namespace) -
             how = {"padding": True, "return_tensors": "pt", "add_special_tokens": chat.begins(prompts[0])}
             inputs = processor(images=images, text=prompts, **how).to(ranks.device, dtype)
             tokens = model.generate(**inputs, max_new_tokens=args.max_new_tokens)
+            why = f"its weights hold Inf or NaN, or are too large for --dtype {args.dtype}"
+            require(all(finite), f"{model_path} computes logits that are not finite: {why}")
+            finite.clear()
             new = tokens[:, inputs["input_ids"].shape[1] :]
             answers[order[k : k + args.batch], : new.shape[1]] = new - tokenizer.pad_token_id
         new = tokenizer.batch_decode(ranks.sum(answers) + tokenizer.pad_token_id, skip_special_tokens=True)

@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from support.flags import InputError, require
@@ -46,18 +47,14 @@ def wording(text: str) -> str:
     return plain(text.replace("-", " "))
 
 
-def by_category(questions: list[dict], points: list[float]) -> dict:
-    """The mean of `points`, over all questions and over those of each `category`."""
-    groups = defaultdict(list)
-    for q, point in zip(questions, points):
-        groups[str(q.get("category", "all"))].append(point)
-    means = {category: 100 * sum(values) / len(values) for category, values in sorted(groups.items())}
-    return {"accuracy": 100 * sum(points) / len(points), "by_category": means}
-
-
 def exact_match(questions: list[dict], answers: list[str]) -> dict:
-    """Share of answers equal to `label` in `plain` text."""
-    return by_category(questions, [plain(a) == plain(read_label(q)) for q, a in zip(questions, answers)])
+    """Share of answers equal to `label` in `plain` text, of all questions and of those of each `category`."""
+    groups = defaultdict(list)
+    for q, answer in zip(questions, answers):
+        groups[str(q.get("category", "all"))].append(plain(answer) == plain(read_label(q)))
+    percent = lambda points: 100 * sum(points) / len(points)
+    means = {category: percent(points) for category, points in sorted(groups.items())}
+    return {"accuracy": percent(list(chain(*groups.values()))), "by_category": means}
 
 
 def pope(questions: list[dict], answers: list[str]) -> dict:
@@ -112,19 +109,14 @@ def mentions(answer: str, vocabulary: dict[str, str]) -> Iterator[str]:
 
 
 def read_vocabulary(questions: list[dict], path: str | None) -> None:
-    """Give every question a `vocabulary`, from every wording to the object it means: those of the file, or
-    without one the names of all objects of the questions.
-    """
-    vocabulary = read_wordings(path) if path else {}
+    """Give every question a `vocabulary`, wordings to objects: the file's, else all questions' objects."""
+    vocabulary = read_wordings(path) if path else {o: o for q in questions for o in read_objects(q)}
+    require(vocabulary, "no question has an object: hallucination cannot be told from truth")
     for q in questions:
-        q["objects"], q["vocabulary"] = read_objects(q), vocabulary
-        if not path:
-            vocabulary |= {o: o for o in q["objects"]}
-    require(bool(vocabulary), "no question has an object: hallucination cannot be told from truth")
-    for q in questions:
-        for unknown in (o for o in q["objects"] if o not in vocabulary):
-            raise InputError(f"{q['where']}: the object {unknown!r} is not in {path}; add a line for it")
-        q["objects"] = [vocabulary[o] for o in q["objects"]]
+        objects = read_objects(q)
+        unknown = next((repr(o) for o in objects if o not in vocabulary), None)
+        require(not unknown, f"{q['where']}: the object {unknown} is not in {path}; add a line for it")
+        q |= {"objects": [vocabulary[o] for o in objects], "vocabulary": vocabulary}
 
 
 def read_wordings(path: str) -> dict[str, str]:

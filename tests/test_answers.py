@@ -268,3 +268,18 @@ def test_questions_are_asked_with_one_begin_token(checkpoints, world, tmp_path, 
     chat = Chat(processor)
     assert asked[0].tolist() == [chat.ids(chat.render([turn("user", "how many ?")], ask=True))]
     assert asked[0].tolist()[0].count(processor.tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("name, value", [
+    ("model.language_model.norm.weight", float("nan")), ("lm_head.weight", float("inf")),
+    ("model.language_model.layers.0.mlp.up_proj.weight", 1e38),  # finite, but what is computed is not
+], ids=["nan", "inf", "large"])
+def test_a_model_that_computes_no_numbers_is_refused(some_bad, checkpoints, tmp_path, name, value):
+    model, processor = load_stock(checkpoints["small"], torch.float32)
+    with torch.no_grad():
+        model.get_parameter(name)[..., :3] = value
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="model computes logits that are not finite: its weights hold"):
+        evaluate.main(to_argv(model=tmp_path / "model", skip_bad=2, **some_bad))
+    assert not (some_bad["out"] / "scores.json").exists()
