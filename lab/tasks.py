@@ -77,7 +77,8 @@ def count(task: Task) -> None:
 
 
 def score(task: Task) -> None:
-    """Let a model answer."""
+    """Let a model answer, anew: what is there may be by other code."""
+    shutil.rmtree(task.out, ignore_errors=True)
     evaluate.main(task.argv)
     task.record()
 

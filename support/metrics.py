@@ -1,11 +1,11 @@
 """Scores of answers: (questions, answers) -> percent, "accuracy" first; and the reference that each compares
-with: `read_...` gives a question's in one form, or refuses it.
+with: `read_...` gives the field of a question that holds it in one form, or refuses it.
 """
 
 import json
 import re
 import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -22,36 +22,36 @@ def plain(text: str) -> str:
     return " ".join(words).rstrip(".。! ").lower()
 
 
-def read_label(q: dict) -> str:
-    label = q.get("label")
-    one = isinstance(label, (str, int)) and not isinstance(label, bool) and plain(str(label))
-    require(one, f"{q.get('where')} has no 'label' that is one text or whole number, but {json.dumps(label)}")
-    return str(label)
-
-
-def read_yes_no(q: dict) -> str:
-    label = plain(read_label(q))
-    require(label in ("yes", "no"), f"{q.get('where')}: 'label' must be yes or no, but is {q['label']!r}")
-    return label
-
-
-def read_objects(q: dict) -> list[str]:
-    objects = q.get("objects")
-    named = isinstance(objects, list) and all(isinstance(o, str) and wording(o) for o in objects)
-    require(named, f"{q.get('where')}: 'objects' must be the list of the names of what its image shows")
-    return [wording(o) for o in objects]
-
-
 def wording(text: str) -> str:
     """What of an object's name is compared: `plain` text, a hyphen being a blank (hot-dog)."""
     return plain(text.replace("-", " "))
+
+
+def read_label(q: dict) -> dict:
+    label = q.get("label", q.get("answer"))
+    one = isinstance(label, (str, int)) and not isinstance(label, bool) and plain(str(label))
+    require(one, f"{q['where']} has no 'label' that is one text or whole number, but {json.dumps(label)}")
+    return {"label": str(label)}
+
+
+def read_yes_no(q: dict) -> dict:
+    label = read_label(q)["label"]
+    require(plain(label) in ("yes", "no"), f"{q['where']}: 'label' must be yes or no, but is {label!r}")
+    return {"label": plain(label)}
+
+
+def read_objects(q: dict) -> dict:
+    objects = q.get("objects")
+    named = isinstance(objects, list) and all(isinstance(o, str) and wording(o) for o in objects)
+    require(named, f"{q['where']}: 'objects' must be the list of the names of what its image shows")
+    return {"objects": [wording(o) for o in objects]}
 
 
 def exact_match(questions: list[dict], answers: list[str]) -> dict:
     """Share of answers equal to `label` in `plain` text, of all questions and of those of each `category`."""
     groups = defaultdict(list)
     for q, answer in zip(questions, answers):
-        groups[str(q.get("category", "all"))].append(plain(answer) == plain(read_label(q)))
+        groups[str(q.get("category", "all"))].append(plain(answer) == plain(q["label"]))
     percent = lambda points: 100 * sum(points) / len(points)
     means = {category: percent(points) for category, points in sorted(groups.items())}
     return {"accuracy": percent(list(chain(*groups.values()))), "by_category": means}
@@ -63,33 +63,29 @@ def pope(questions: list[dict], answers: list[str]) -> dict:
     number of answers that do not begin with what is read there: "NO" and "**No**" (read as yes), "A dog".
     Full-width letters and stops, which the script does not know, are first made plain ones.
     """
-    answers = [answer.translate(FULL_WIDTH) for answer in answers]
+    answers, labels = [a.translate(FULL_WIDTH) for a in answers], [q["label"] for q in questions]
     words = [set(answer.split(".")[0].replace(",", "").split(" ")) for answer in answers]
     said = ["no" if w & {"No", "not", "no"} else "yes" for w in words]
-    count = Counter((s == "yes", read_yes_no(q) == "yes") for s, q in zip(said, questions))
-    right = count[True, True]
-    yes, true = right + count[True, False], right + count[False, True]
-    precision, recall, n = right / max(yes, 1), right / max(true, 1), len(questions)
-    f1 = 2 * precision * recall / max(precision + recall, 1e-12)
-    scores = {"accuracy": (right + count[False, False]) / n, "precision": precision, "recall": recall,
-              "f1": f1, "yes_ratio": yes / n}
+    same = [s for s, label in zip(said, labels) if s == label]
+    n, right, yes, true = len(said), same.count("yes"), said.count("yes"), labels.count("yes")
+    scores = {"accuracy": len(same) / n, "precision": right / max(yes, 1), "recall": right / max(true, 1),
+              "f1": 2 * right / max(yes + true, 1), "yes_ratio": yes / n}
     unclear = sum(not re.match(rf"(?i)[\W_]*{s}(?![^\W_])", a) for s, a in zip(said, answers))
     return {name: 100 * value for name, value in scores.items()} | {"unclear": unclear}
 
 
 def hallucination(questions: list[dict], answers: list[str]) -> dict:
     """Object HalBench's two rates after CHAIR (Rohrbach et al., 2018; MoD Tables 2, 4): how many descriptions
-    name an object that is not there, and how many of the objects named are not there.
-
-    A question's `objects` are those in its image; an object named twice in an answer counts once. `recall` is
-    the share of the image's objects that are named: without it, silence would look perfect.
+    name an object that is not there, and how many of the objects named are not there. An object named twice
+    in an answer counts once. `recall` is the share of the objects there that are named: without it, silence
+    would look perfect.
     """
     truths = [set(q["objects"]) for q in questions]
     named = [set(mentions(answer, q["vocabulary"])) for answer, q in zip(answers, questions)]
-    count = lambda *sets: sum(map(len, sets))
     lies = [said - truth for said, truth in zip(named, truths)]
-    response, mention = 100 * sum(map(bool, lies)) / len(lies), 100 * count(*lies) / max(count(*named), 1)
-    recall = 100 * (count(*named) - count(*lies)) / max(count(*truths), 1)
+    n_true, n_named, n_lies = (sum(map(len, sets)) for sets in (truths, named, lies))
+    response, mention = 100 * sum(map(bool, lies)) / len(lies), 100 * n_lies / max(n_named, 1)
+    recall = 100 * (n_named - n_lies) / max(n_true, 1)
     return {"accuracy": 100 - response, "response_rate": response, "mention_rate": mention, "recall": recall}
 
 
@@ -110,18 +106,17 @@ def mentions(answer: str, vocabulary: dict[str, str]) -> Iterator[str]:
 
 def read_vocabulary(questions: list[dict], path: str | None) -> None:
     """Give every question a `vocabulary`, wordings to objects: the file's, else all questions' objects."""
-    vocabulary = read_wordings(path) if path else {o: o for q in questions for o in read_objects(q)}
+    vocabulary = read_wordings(path) if path else {o: o for q in questions for o in q["objects"]}
     require(vocabulary, "no question has an object: hallucination cannot be told from truth")
     for q in questions:
-        objects = read_objects(q)
-        unknown = next((repr(o) for o in objects if o not in vocabulary), None)
+        unknown = next((repr(o) for o in q["objects"] if o not in vocabulary), None)
         require(not unknown, f"{q['where']}: the object {unknown} is not in {path}; add a line for it")
-        q |= {"objects": [vocabulary[o] for o in objects], "vocabulary": vocabulary}
+        q |= {"objects": [vocabulary[o] for o in q["objects"]], "vocabulary": vocabulary}
 
 
 def read_wordings(path: str) -> dict[str, str]:
     """From wordings to objects, of a file of lines as CHAIR's: an object, then its other wordings."""
-    vocabulary = {}
+    vocabulary, wanted = {}, "a line is an object and its other wordings, as in: dog, puppy"
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -129,15 +124,13 @@ def read_wordings(path: str) -> dict[str, str]:
     for number, line in enumerate(lines, 1):
         words = [wording(w) for w in re.split(r"[,;\t，；、]", line) if wording(w)]
         for w in words:
-            where = f"{path} line {number}: {w!r}"
-            a_line = "a line is an object and its other wordings, as in: dog, puppy"
-            require(re.fullmatch(r'\w[^][(){}":=|/]*', w), f"{where} cannot be an object's name; {a_line}")
-            other = vocabulary.setdefault(w, words[0])
+            where, other = f"{path} line {number}: {w!r}", vocabulary.setdefault(w, words[0])
+            require(re.fullmatch(r'\w[^][(){}":=|/]*', w), f"{where} cannot be an object's name; {wanted}")
             twice = f"{where} means {words[0]!r} here and {other!r} before; take it out of one of the lines"
             require(other == words[0], twice)
     return vocabulary
 
 
-# How to score, the field with the reference, and how that is read.
-METRICS = {"exact": (exact_match, "label", read_label), "pope": (pope, "label", read_yes_no),
-           "hallucination": (hallucination, "objects", read_objects), "none": (None, None, None)}
+# How to score, and how a question's reference is read.
+METRICS = {"exact": (exact_match, read_label), "pope": (pope, read_yes_no),
+           "hallucination": (hallucination, read_objects), "none": (None, lambda q: {})}

@@ -15,7 +15,7 @@ import evaluate
 from support.checkpoints import load_stock
 from support.chat import Chat, turn
 from support.flags import InputError, to_argv
-from support.metrics import METRICS, exact_match, pope, read_vocabulary
+from support.metrics import METRICS, exact_match, pope, read_vocabulary, read_yes_no
 
 
 def read(tmp_path: Path, metric: str, *questions: dict, images: Path | str = ".", skip_bad: int = 0):
@@ -25,14 +25,22 @@ def read(tmp_path: Path, metric: str, *questions: dict, images: Path | str = "."
     return evaluate.read_questions(str(path), str(images), metric, skip_bad)
 
 
+def ask(model: str | Path, file: Path, questions: list[dict], **flags: object) -> list[str]:
+    """What evaluate.py asks the model and is answered; `file` keeps it."""
+    questions = [{"where": "q", "question_id": k, "images": []} | q for k, q in enumerate(questions)]
+    args = evaluate.parse_args(to_argv(model=model, questions="q", **flags))
+    return evaluate.generate(str(model), questions, args, file)
+
+
 @pytest.mark.parametrize("metric, reference, expected", [
     ("pope", {"label": "No"}, "no"), ("pope", {"label": " YES. "}, "yes"),
-    ("exact", {"label": 2}, "2"), ("exact", {"label": "Red"}, "Red"),
+    ("exact", {"label": 2}, "2"), ("exact", {"label": "Red"}, "Red"), ("exact", {"answer": "Red"}, "Red"),
+    ("pope", {"answer": "no"}, "no"), ("pope", {"label": "yes", "answer": "no"}, "yes"),
     ("hallucination", {"objects": ["Dog ", "cat"]}, ["dog", "cat"]), ("hallucination", {"objects": []}, []),
 ])
 def test_a_reference_is_read_into_one_form(tmp_path, metric, reference, expected):
     (question,), bad = read(tmp_path, metric, reference)
-    assert (question[METRICS[metric][1]], bad) == (expected, [])
+    assert (question["objects" if metric == "hallucination" else "label"], bad) == (expected, [])
 
 
 @pytest.mark.parametrize("metric, reference, message", [
@@ -47,11 +55,12 @@ def test_a_reference_that_can_be_misread_is_refused(tmp_path, metric, reference,
 
 
 def test_labels_of_any_case_score_as_meant():
-    labels = [{"label": label} for label in ("No", "NO", "Yes", "yes.")]
-    assert pope(labels, ["No", "no.", "Yes", "yes"])["accuracy"] == 100
-    full_width = [{"label": label} for label in ("ｎｏ", "ＮＯ。", "ｙｅｓ", "Ｙｅｓ！")]
-    scores = pope(full_width, ["Ｎｏ", "Ｎｏ。ＹＥＳ", "ＹＥＳ", "Yes。 It is not small."])
-    assert (scores["accuracy"], scores["unclear"]) == (100, 0)
+    for labels, answers in (
+        (("No", "NO", "Yes", "yes."), ["No", "no.", "Yes", "yes"]),
+        (("ｎｏ", "ＮＯ。", "ｙｅｓ", "Ｙｅｓ！"), ["Ｎｏ", "Ｎｏ。ＹＥＳ", "ＹＥＳ", "Yes。 It is not."]),
+    ):
+        scores = pope([read_yes_no({"label": label, "where": "q"}) for label in labels], answers)
+        assert (scores["accuracy"], scores["unclear"]) == (100, 0)
 
 
 def test_pope_counts_the_answers_that_its_script_misreads():
@@ -143,6 +152,9 @@ def test_ranks_share_the_questions_and_give_the_same_answers(some_bad, world, ch
     flags = some_bad | {"model": checkpoints["small"], "images": world / "images", "metric": "exact",
                         "batch": 1, "skip_bad": 1, "max_new_tokens": 6, "sample": 2}
     alone = evaluate.main(to_argv(**flags))
+    (tmp_path / "two").mkdir()
+    lines = (some_bad["out"] / "small.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "two/small.jsonl").write_text("".join(lines[:2]) + lines[2][:-5])  # where a run was killed
     said = launch("evaluate.py", to_argv(**flags | {"out": tmp_path / "two"}), ranks=2).stdout
     assert json.loads((tmp_path / "two" / "scores.json").read_text()) == alone
     assert said.count("left out: ") == said.count("small: accuracy") == 1
@@ -151,11 +163,13 @@ def test_ranks_share_the_questions_and_give_the_same_answers(some_bad, world, ch
     assert len({json.loads(line)["text"] for line in one.splitlines()}) > 2
 
 
-def test_models_of_the_same_name_keep_their_own_answers(some_bad, checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "generate", lambda path, questions, _: [path] * len(questions))
+def test_models_of_the_same_name_keep_their_own_answers(some_bad, monkeypatch):
+    files = {}
+    said = lambda path, questions, _, file: files.update({path: file}) or ["no"] * len(questions)
+    monkeypatch.setattr(evaluate, "generate", said)
     evaluate.main(to_argv(model=["../x", "x"], skip_bad=2, **some_bad))
-    files = some_bad["out"].glob("*.jsonl")
-    assert {json.loads(file.read_text().splitlines()[0])["text"] for file in files} == {"../x", "x"}
+    assert files["x"] != files["../x"]
+    assert {file.parent for file in files.values()} == {some_bad["out"]}
 
 
 def test_a_checkpoint_without_a_chat_template(some_bad, checkpoints, tmp_path):
@@ -206,18 +220,16 @@ def test_an_older_processor_of_a_tower_with_a_class_token(parts, tmp_path):
     assert model(**inputs).logits.isfinite().all()
 
 
-def test_the_pipeline_of_transformers_answers(checkpoints, world):
+def test_the_pipeline_of_transformers_answers(checkpoints, world, tmp_path):
     """As README shows it, and with the words that evaluate.py gets."""
-    asked = {"where": "q", "text": "how many objects ?", "images": ["0.png"]}
-    args = evaluate.parse_args(["--model", "m", "--questions", "q", "--images", str(world / "images"),
-                                "--max_new_tokens", "6"])
-    (expected,) = evaluate.generate(checkpoints["small"], [asked], args)
-    ask = pipeline("image-text-to-text", model=checkpoints["small"])
+    asked, flags = {"text": "how many objects ?", "images": ["0.png"]}, {"images": world / "images"}
+    (expected,) = ask(checkpoints["small"], tmp_path / "said", [asked], max_new_tokens=6, **flags)
+    chat = pipeline("image-text-to-text", model=checkpoints["small"])
     content = [
         {"type": "image", "image": str(world / "images" / "0.png")},
         {"type": "text", "text": asked["text"]},
     ]
-    (answer,) = ask(text=[{"role": "user", "content": content}], max_new_tokens=6, return_full_text=False)
+    (answer,) = chat(text=[{"role": "user", "content": content}], max_new_tokens=6, return_full_text=False)
     assert answer["generated_text"].strip() == expected != ""
 
 
@@ -243,10 +255,9 @@ def test_a_checkpoint_s_own_settings_do_not_change_its_answers(world, checkpoint
     shutil.copytree(checkpoints["small"], tmp_path / "model")
     path = tmp_path / "model" / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | own))
-    args = evaluate.parse_args(to_argv(model="m", questions="q", images=world / "images", max_new_tokens=6))
-    questions = [{"where": "q", "text": f"what color is {k} ?", "images": [f"{k}.png"]} for k in range(3)]
-    plain, with_own = (evaluate.generate(str(model), questions, args)
-                       for model in (checkpoints["small"], tmp_path / "model"))
+    questions = [{"text": f"what color is {k} ?", "images": [f"{k}.png"]} for k in range(3)]
+    plain, with_own = (ask(model, tmp_path / str(k), questions, images=world / "images", max_new_tokens=6)
+                       for k, model in enumerate((checkpoints["small"], tmp_path / "model")))
     assert with_own == plain
     assert len(set(plain)) > 1
 
@@ -262,9 +273,7 @@ def test_questions_are_asked_with_one_begin_token(checkpoints, world, tmp_path, 
     asked = []
     generate = lambda self, input_ids, **_: asked.append(input_ids) or input_ids
     monkeypatch.setattr(type(model), "generate", generate)
-    question = {"where": "q", "text": "how many ?", "images": []}
-    args = evaluate.parse_args(to_argv(model="m", questions="q"))
-    evaluate.generate(str(tmp_path / "model"), [question], args)
+    ask(tmp_path / "model", tmp_path / "said", [{"text": "how many ?"}])
     chat = Chat(processor)
     assert asked[0].tolist() == [chat.ids(chat.render([turn("user", "how many ?")], ask=True))]
     assert asked[0].tolist()[0].count(processor.tokenizer.bos_token_id) == 1

@@ -64,9 +64,9 @@ def test_a_student_of_a_published_template_learns_to_stop(parts, world, tmp_path
     (tmp_path / "d.json").write_text(json.dumps([sample] * 8))
     flags = data_flags(world, data=tmp_path / "d.json", out=tmp_path / "out", epochs=30, lr=0.01)
     sft.main(["--student", start, *flags])
-    question = {"text": "how many objects ?", "images": ["0.png"], "where": "question 0"}
+    question = {"question_id": 0, "text": "how many objects ?", "images": ["0.png"], "where": "question 0"}
     args = SimpleNamespace(dtype="fp32", suffix="", batch=4, images=str(world / "images"), max_new_tokens=20)
-    assert evaluate.generate(str(tmp_path / "out"), [question], args) == ["two"]
+    assert evaluate.generate(str(tmp_path / "out"), [question], args, tmp_path / "said.jsonl") == ["two"]
     ask = pipeline("image-text-to-text", model=str(tmp_path / "out"))
     content = [{"type": "image", "path": str(world / "images/0.png")}]
     content += [{"type": "text", "text": question["text"]}]

@@ -1,0 +1,103 @@
+"""Answers are kept while they are given, and never mixed with those of another model or question."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlavaForConditionalGeneration
+
+import evaluate
+from support.checks import load_stock
+from support.flags import InputError, to_argv
+
+
+@pytest.fixture
+def questions(world, tmp_path, monkeypatch) -> dict:
+    """The flags of five questions, three at a time."""
+    lines = [{"text": f"what color is {k} ?", "image": f"{4 * k}.png", "label": "red"} for k in range(5)]
+    (tmp_path / "five.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.chdir(tmp_path)
+    return {"questions": "five.jsonl", "images": world / "images", "batch": 3, "max_new_tokens": 6}
+
+
+def asked_in(monkeypatch, kill_after: int = 9) -> list[int]:
+    """The number of questions in each call of `generate`, from now on; more than so many calls fail."""
+    calls, generate = [], LlavaForConditionalGeneration.generate
+
+    def counted(self, input_ids, **more):
+        if len(calls) == kill_after:
+            raise KeyboardInterrupt
+        calls.append(len(input_ids))
+        return generate(self, input_ids=input_ids, **more)
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "generate", counted)
+    return calls
+
+
+def test_an_interrupted_evaluation_goes_on(questions, checkpoints, tmp_path, monkeypatch):
+    flags = questions | {"model": checkpoints["small"]}
+    whole = evaluate.main(to_argv(out="whole", **flags))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        asked_in(patch, kill_after=1)
+        evaluate.main(to_argv(**flags))
+    kept = tmp_path / "out/eval/five/small.jsonl"
+    assert len(kept.read_text().splitlines()) == 3
+    kept.write_text(kept.read_text()[:-9])  # as if it had been killed while it wrote the third
+    calls = asked_in(monkeypatch)
+    assert evaluate.main(to_argv(**flags)) == whole
+    assert calls == [3]
+    assert kept.read_text() == (tmp_path / "whole/small.jsonl").read_text()
+    lines = Path("five.jsonl").read_text()
+    Path("five.jsonl").write_text(lines.replace('"red"', '"yes"'))
+    assert evaluate.main(to_argv(metric="pope", **flags))["small"]["yes_ratio"] == 100
+    assert calls == [3]  # other references and another metric need no new answers
+
+
+CHANGED_FLAGS = {"suffix": " now", "max_new_tokens": 5, "dtype": "bf16"}
+CHANGED_TEXTS = {  # of a file: what becomes what
+    "text": ("five.jsonl", "color is 4", "color is 7"), "reorder": ("five.jsonl", "color is 3", "color is 4"),
+    "question_id": ("five.jsonl", '{"text": "what color is 4', '{"question_id": 7, "text": "what color is 4'),
+    "fewer": ("five.jsonl", '\n{"text": "what color is 4 ?", "image": "16.png", "label": "red"}', ""),
+    "image": ("five.jsonl", "16.png", "17.png"), "template": ("small/chat_template.jinja", "USER: ", "USER:"),
+    "preparation": ("small/processor_config.json", "0.5", "0.4"),
+    "settings": ("small/config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'),
+}
+
+
+@pytest.mark.parametrize("change", [*CHANGED_FLAGS, *CHANGED_TEXTS, "pixels", "weights"])
+def test_answers_of_another_run_are_never_mixed_in(questions, checkpoints, world, monkeypatch, change):
+    shutil.copytree(checkpoints["small"], "small")
+    shutil.copytree(world / "images", "images")
+    flags = questions | {"model": "small", "images": "images", "out": "out"}
+    monkeypatch.setattr(LlavaForConditionalGeneration, "generate", lambda self, input_ids, **_: input_ids)
+    evaluate.main(to_argv(**flags))
+    before = Path("out/small.jsonl").read_bytes()
+    if change in CHANGED_FLAGS:
+        flags[change] = CHANGED_FLAGS[change]
+    elif change in CHANGED_TEXTS:
+        name, old, new = CHANGED_TEXTS[change]
+        text = Path(name).read_text()
+        assert old in text
+        Path(name).write_text(text.replace(old, new))
+    elif change == "pixels":
+        shutil.copy("images/8.png", "images/16.png")
+    else:
+        model, _ = load_stock("small", torch.float32)
+        with torch.no_grad():
+            model.model.multi_modal_projector.linear_2.bias[0] += 1e-3
+        model.save_pretrained("small")
+    with pytest.raises(InputError, match="small.jsonl holds answers to other questions.* take another --out"):
+        evaluate.main(to_argv(**flags))
+    assert Path("out/small.jsonl").read_bytes() == before
+
+
+def test_a_second_file_of_questions_leaves_the_first_one_s_answers(questions, checkpoints, tmp_path):
+    shutil.copy("five.jsonl", "more.jsonl")
+    for name in "five", "more":
+        flags = questions | {"questions": f"{name}.jsonl", "model": checkpoints["small"]}
+        evaluate.main(to_argv(**flags))
+    for name in "five", "more":
+        written = {path.name for path in (tmp_path / "out/eval" / name).iterdir()}
+        assert written == {"small.jsonl", "scores.json"}
