@@ -83,6 +83,16 @@ def test_exact_match_overall_and_by_category():
     assert scores["by_category"] == {"all": 100, "color": 50}
 
 
+def test_what_looks_the_same_is_the_same():
+    for label, answer in (("don't", "don’t"), ("caf\u00e9", "cafe\u0301"), ("Ａ", "a"),
+                          ("10 cm", "10\u00a0 cm"), ("北京", "北京"), ("red", "red !"), ("2", "２")):
+        for end in ".", "。", "．", "!", "！", "":
+            assert exact_match([{"label": label}], [f"{answer}{end}"])["accuracy"] == 100, (label, end)
+            assert exact_match([{"label": f"{answer}{end}"}], [label])["accuracy"] == 100, (label, end)
+    for label, answer in ("cafe", "caf\u00e9"), ("北京", "南京"), ("red", "red?"), ("3.5", "35"):
+        assert exact_match([{"label": label}], [answer])["accuracy"] == 0, label
+
+
 def test_pope_by_hand():
     """Right and wrong of both kinds so many that no two scores are equal."""
     labels = ["yes"] * 4 + ["no"] * 6
@@ -204,6 +214,16 @@ def test_a_hyphen_is_a_blank():
     read_vocabulary(questions, None)
     scores = hallucination(questions, ["a hot dog, a t shirt", "A traffic-light.", "a hot-dog stand"])
     assert (scores["recall"], scores["response_rate"]) == (60, pytest.approx(100 / 3))
+
+
+def test_plurals_of_objects():
+    things = "person knife baby woman mouse leaf tooth bus dog policeman child".split()
+    plurals = "people knives babies women mice leaves teeth buses dogs policemen children".split()
+    questions = [described(thing) for thing in things]
+    read_vocabulary(questions, None)
+    scores = hallucination(questions, [f"Many {plural}!" for plural in plurals])
+    assert (scores["recall"], scores["response_rate"]) == (100, 0)
+    assert hallucination(questions[:1], ["Two dogs."])["response_rate"] == 100
 
 
 def test_hallucination_through_the_command_line(world, checkpoints, tmp_path):

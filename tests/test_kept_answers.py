@@ -9,6 +9,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 import evaluate
+from lab.tasks import Task, score
 from support.checks import load_stock
 from support.flags import InputError, to_argv
 
@@ -66,13 +67,15 @@ CHANGED_TEXTS = {  # of a file: what becomes what
 }
 
 
-@pytest.mark.parametrize("change", [*CHANGED_FLAGS, *CHANGED_TEXTS, "pixels", "weights"])
+@pytest.mark.parametrize("change", [*CHANGED_FLAGS, *CHANGED_TEXTS, "pixels", "weights", "twice"])
 def test_answers_of_another_run_are_never_mixed_in(questions, checkpoints, world, monkeypatch, change):
     shutil.copytree(checkpoints["small"], "small")
     shutil.copytree(world / "images", "images")
     flags = questions | {"model": "small", "images": "images", "out": "out"}
     monkeypatch.setattr(LlavaForConditionalGeneration, "generate", lambda self, input_ids, **_: input_ids)
     evaluate.main(to_argv(**flags))
+    if change == "twice":  # as two processes at once would write
+        Path("out/small.jsonl").write_text(2 * Path("out/small.jsonl").read_text())
     before = Path("out/small.jsonl").read_bytes()
     if change in CHANGED_FLAGS:
         flags[change] = CHANGED_FLAGS[change]
@@ -83,7 +86,7 @@ def test_answers_of_another_run_are_never_mixed_in(questions, checkpoints, world
         Path(name).write_text(text.replace(old, new))
     elif change == "pixels":
         shutil.copy("images/8.png", "images/16.png")
-    else:
+    elif change == "weights":
         model, _ = load_stock("small", torch.float32)
         with torch.no_grad():
             model.model.multi_modal_projector.linear_2.bias[0] += 1e-3
@@ -101,3 +104,13 @@ def test_a_second_file_of_questions_leaves_the_first_one_s_answers(questions, ch
     for name in "five", "more":
         written = {path.name for path in (tmp_path / "out/eval" / name).iterdir()}
         assert written == {"small.jsonl", "scores.json"}
+
+
+def test_the_lab_lets_a_model_answer_anew(tmp_path, monkeypatch):
+    """What is kept there may be by other code."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/small.jsonl").write_text("{}")
+    seen = []
+    monkeypatch.setattr(evaluate, "main", lambda argv: seen.append((argv, (tmp_path / "out").exists())))
+    score(Task(score, "evaluate", ["--out", "out"], tmp_path / "out", [], {}))
+    assert seen == [(["--out", "out"], False)]
