@@ -76,7 +76,7 @@ def generate(model_path: str, questions: list[dict], args: argparse.Namespace, f
         run = identity(model, processor, prompts, args.max_new_tokens, images=images)
         kept = kept_answers(file, questions, run)
         answers = json.loads(ranks.gather(json.dumps(kept))[0])  # as rank 0 finds them
-        rounds = range(len(answers), len(questions), args.batch * ranks.world)  # a batch for every rank
+        rounds = range(len(answers), len(questions), args.batch * ranks.world_size)  # a batch for every rank
         for start in tqdm(rounds, f"answers of {model_path}", disable=ranks.rank > 0):
             first, said = start + ranks.rank * args.batch, []
             if picked := questions[first : first + args.batch]:

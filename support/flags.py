@@ -19,6 +19,7 @@ def require(right: object, message: str) -> None:
 
 def cli(main: Callable[[], object]) -> None:
     """Run a script's `main`; an InputError becomes one sentence on stderr and exit code 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack characters that data have
     try:
         main()
     except InputError as error:

@@ -10,7 +10,7 @@ from transformers import LlavaForConditionalGeneration
 
 import evaluate
 from lab.tasks import Task, score
-from support.checks import load_stock
+from support.checkpoints import load_stock
 from support.flags import InputError, to_argv
 
 
