@@ -21,7 +21,7 @@ import dpt
 import mod_distill
 import moe
 import sft
-from support import chunks
+from support import chunks, tinyllava
 from support.checkpoints import loading
 from support.flags import add_flags, cli, natural, new_parser, number, positive, require, to_argv
 from support.run import precision
@@ -34,7 +34,7 @@ SET_ASIDE = 2 * GIB  # of a GPU: CUDA's own, nccl's buffers, fragments
 def read_config(path: str) -> hf.LlavaConfig:
     """The config of a LLaVA checkpoint, or of a new model VISION+LLM."""
     with loading(f"the config of {path}"):
-        config, *llm = [hf.AutoConfig.from_pretrained(part) for part in path.split("+")]
+        config, *llm = [tinyllava.read_config(part) for part in path.split("+")]
     require(len(llm) < 2, f"{path} has more than one +: give a LLaVA checkpoint or VISION+LLM")
     if not llm:
         kind = config.model_type

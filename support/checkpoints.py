@@ -7,6 +7,7 @@ import torch
 import transformers as hf
 from torch import nn
 
+from support import tinyllava
 from support.chat import IMAGE_TOKEN, PROBE
 from support.flags import InputError, require
 
@@ -17,13 +18,13 @@ hf.utils.logging.set_verbosity_error()  # what matters of loading is checked in 
 def load_stock(path: str, dtype: torch.dtype, weights: bool = True) -> tuple[nn.Module, hf.LlavaProcessor]:
     """Model and processor of a LLaVA-format checkpoint, or an InputError; without weights only its shapes."""
     with loading(f"the checkpoint {path}"):
-        config = hf.AutoConfig.from_pretrained(path)
+        config, processor, how = tinyllava.read(path) or (hf.AutoConfig.from_pretrained(path), None, {})
         kind = config.model_type
         require(kind == "llava", f"{path} holds a '{kind}' model: give a LLaVA-format checkpoint")
         layer = config.vision_feature_layer
         require(isinstance(layer, int), f"{path} reads several vision layers {layer}; only one is possible")
         check_tower(path, config.vision_config)
-        processor = hf.AutoProcessor.from_pretrained(path)
+        processor = processor or hf.AutoProcessor.from_pretrained(path)
         a, b = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), config.image_token_index
         require(a == b, f"{path}: its tokenizer must have {IMAGE_TOKEN} as token {b} of config.json, not {a}")
         # How many tokens an image becomes is the model's to say: older files of processors leave it out.
@@ -31,7 +32,7 @@ def load_stock(path: str, dtype: torch.dtype, weights: bool = True) -> tuple[nn.
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
         processor.num_additional_image_tokens = int(config.vision_config.model_type == "clip_vision_model")
         if weights:
-            return complete(path, hf.LlavaForConditionalGeneration, dtype=dtype), processor
+            return complete(path, hf.LlavaForConditionalGeneration, dtype=dtype, **how), processor
         with torch.device("meta"):
             return hf.LlavaForConditionalGeneration(config), processor
 
