@@ -118,6 +118,16 @@ def test_an_end_token_that_the_template_lacks_is_learned_and_not_written():
     assert processor.tokenizer.decode(ids).endswith("Why? ASSISTANT: It purrs.")
 
 
+def test_of_several_end_tokens_behind_an_answer_the_first_is_learned():
+    """What comes behind it belongs to the history, and what comes behind the last answer is left out."""
+    chat = Chat(processor_of(CHATML.replace("'<|im_end|>\n'", "'<|im_end|>\n' + eos_token")))
+    end, eos = (chat.tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>"))
+    assert chat.tokenizer.eos_token_id == eos != end == chat.end_id
+    ids, y = chat.encode(PROBE)
+    assert y.count(end) == 2 and eos not in y
+    assert ids[-1] == end and ids.count(eos) == 3  # behind each turn but the last
+
+
 def test_a_template_whose_history_is_no_beginning_is_refused():
     """As one that drops the first answer when there is a second question."""
     template = (
@@ -163,6 +173,19 @@ def test_teacher_and_student_must_write_alike(checkpoints, tmp_path):
     with pytest.raises(
         InputError, match=r"differently, 'USER: .*A cat.<\|endoftext\|>USER.* and 'USER: .*A cat.<image>"
     ):
+        check_teacher(student, teacher)
+
+
+def test_a_teacher_that_learned_another_end_is_refused(checkpoints):
+    """Also where the template writes no end token, so that the ids are the same: only the targets differ."""
+    student, teacher = (Llava.from_checkpoint(checkpoints[name]) for name in ("small", "large"))
+    for model, end in (student, "<|endoftext|>"), (teacher, "<|im_end|>"):
+        model.processor.tokenizer.add_tokens("<|im_end|>", special_tokens=True)
+        model.processor.chat_template, model.processor.tokenizer.eos_token = VICUNA, end
+        model.chat = Chat(model.processor)
+    assert student.chat.encode(PROBE)[0] == teacher.chat.encode(PROBE)[0]
+    ends = [model.chat.end_id for model in (student, teacher)]
+    with pytest.raises(InputError, match="end token {}.* and .* with end token {};".format(*ends)):
         check_teacher(student, teacher)
 
 

@@ -143,6 +143,33 @@ def test_bf16_products_are_within_bf16s_own_error(pieces):
         assert (grad - b).norm() <= 0.03 * b.norm()
 
 
+def test_an_objective_gets_fp32_whatever_the_precision_of_products():
+    case = Case(torch.bfloat16, v_s=300, v_t=300)
+
+    def objective(**kinds):
+        for log_p in (log_p for rows in kinds.values() for log_p in (rows.log_s, rows.log_t)):
+            assert log_p.dtype == torch.float32
+            assert (log_p.exp().sum(-1) - 1).abs().sum() < 1e-5 * max(len(log_p), 1)
+        return sum(rows.log_s.sum() for rows in kinds.values()), {}
+
+    over_rows(objective, case.kinds, case.y, (case.hidden, case.head.float()), (case.t_hidden, case.t_head))
+
+
+def test_the_heads_gradient_is_summed_in_fp32(monkeypatch):
+    """Of 512 equal rows, one a chunk: a sum in bf16 would stand still long before the last."""
+    monkeypatch.setattr(chunks, "CHUNK", 1)
+    torch.manual_seed(0)
+    h, w, n = torch.randn(7).bfloat16(), torch.randn(13, 7).requires_grad_(), 512
+    objective = lambda rows: (autoregressive_loss(rows.log_s, rows.y, 1 / n), {})
+    y = torch.zeros(1, n, dtype=torch.long)
+    loss, _ = over_rows(objective, {"rows": y == 0}, y, (h.expand(1, n, 7), w))
+    z = (w.detach().bfloat16() @ h).float()
+    d_z = ((z.softmax(0) - torch.eye(13)[0]) / n).bfloat16()
+    want = n * torch.outer(d_z, h).float()
+    (got,) = torch.autograd.grad(loss, w)
+    assert (got - want).norm() <= 1e-3 * want.norm()
+
+
 def test_finite_differences():
     case, step = Case(v_t=13), 1e-6
     grads = case.gradients(case.chunked)

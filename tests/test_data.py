@@ -143,6 +143,29 @@ class Alone:
     device, sum = torch.device("cpu"), staticmethod(lambda numbers: numbers)
 
 
+@pytest.mark.parametrize("max_len, seen", [(99, 2), (NP + 12, 1)])
+def test_a_picture_that_is_cut_off_leaves_no_pixels(tmp_path, processor, max_len, seen):
+    """Else every later picture of the batch would stand in the place of the one before."""
+    for k in range(3):
+        Image.new("RGB", (16, 16), (80 * k,) * 3).save(tmp_path / f"{k}.png")
+    two = turns("<image>\nhow many ?", "one", "and <image> here, top left ?", "two")
+    samples = [{"image": ["0.png", "1.png"], "conversations": two},
+               {"image": "2.png", "conversations": turns("<image>\nhow many ?", "one")}]
+    (tmp_path / "d.json").write_text(json.dumps(samples))
+    data = open_data(tmp_path / "d.json", tmp_path, processor, max_len=max_len)
+    batch = data.collate([data[0], data[1]])
+    assert batch.visual.sum(1).tolist() == [seen * NP, NP]
+    assert batch.pixel_values[:, 0, 0, 0].tolist() == [0, 80][:seen] + [160]
+
+
+def test_lengths_for_grouping_count_visual_tokens(tmp_path, processor):
+    Image.new("RGB", (16, 16)).save(tmp_path / "0.png")
+    samples = [{"image": ["0.png"] * n, "conversations": turns("how many ?", "one")} for n in range(3)]
+    (tmp_path / "d.json").write_text(json.dumps(samples))
+    none, one, two = open_data(tmp_path / "d.json", tmp_path, processor).lengths
+    assert (one - none, two - one) == (NP, NP)
+
+
 def test_a_text_only_batch(world, processor):
     data = make_data(world, processor)
     batch = data.collate([data[1], data[5]])

@@ -62,6 +62,12 @@ def test_defaults_are_the_papers(stage):
     assert vars(SCRIPTS[stage].parse_args(to_argv(**given))) == DEFAULTS[stage] | given
 
 
+def test_a_command_line_says_every_value_that_is_not_none():
+    assert to_argv(gamma=0, lr=0.0, out="", teacher=None) == ["--gamma", "0", "--lr", "0.0", "--out", ""]
+    assert to_argv(resume=False, shuffle=True, targets=[]) == ["--no-resume", "--shuffle", "--targets"]
+    assert to_argv(teachers=[0, 1]) == ["--teachers", "0", "1"]
+
+
 # ---------------------------------------------------------------------------------- what a run does
 
 

@@ -72,14 +72,22 @@ def alike(world, checkpoints) -> float:
     return kl_by_hand(world, checkpoints["small"], checkpoints["large"])
 
 
-@pytest.mark.parametrize("what, stage", [("pixels", s) for s in STAGES] + [("layer", "dft"), ("same", "dft")])
+@pytest.mark.parametrize("what, stage", [(what, stage) for what in ("resample", "crop") for stage in STAGES]
+                         + [(what, "dft") for what in ("mean", "layer", "same")])
 def test_a_teacher_sees_by_its_own_tower_unless_both_see_alike(
     world, checkpoints, alike, tmp_path, what, stage
 ):
-    """The towers' weights are the same: how an image is prepared and which layer is read decide."""
+    """The towers' weights are the same: how an image is prepared and which layer is read decide. The mean is
+    subtracted by the model, all else is in the bytes, which must then be the teacher's own.
+    """
     student, teacher = checkpoints["small"], Llava.from_checkpoint(checkpoints["large"])
-    if what == "pixels":
-        teacher.processor.image_processor.image_mean = [0.9, 0.1, 0.4]
+    how = teacher.processor.image_processor
+    if what == "mean":
+        how.image_mean = [0.9, 0.1, 0.4]
+    if what == "resample":
+        how.resample = Image.Resampling.NEAREST
+    if what == "crop":
+        how.size, how.crop_size, how.do_center_crop = {"height": 24, "width": 24}, how.size, True
     if what == "layer":
         teacher.config.vision_feature_layer = 1
     teacher.save(tmp_path / "teacher")

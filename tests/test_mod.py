@@ -151,6 +151,24 @@ def diverse(path: str, **options) -> tuple:
     return model, ids, mask, z
 
 
+def test_a_sparse_student_computes_what_its_saved_copy_computes(checkpoints, tmp_path):
+    """In memory gate and up are one matrix, and experts are stacked; in the file each has its name."""
+    model, ids, mask, _ = diverse(checkpoints["small"])
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        before = model.eval()(ids, model.encode_images(pixels)) @ model.lm_head.weight.T
+        model.save(tmp_path)
+        stock = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+        after = stock(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits
+    assert (before - after)[mask.bool()].abs().max() < 1e-4 < 0.1 < before.abs().max()
+    saved, experts = weights(tmp_path), model.language_model.layers[1].mlp.experts
+    for e in range(4):
+        gate, up = experts.gate_up_proj[e].chunk(2)
+        for part, weight in ("gate", gate), ("up", up), ("down", experts.down_proj[e]):
+            name = f"language_model.model.layers.1.mlp.experts.{e}.{part}_proj.weight"
+            assert torch.equal(saved[name], weight), name
+
+
 @pytest.mark.parametrize("renormalise", [True, False])
 def test_a_layer_is_equation_4(checkpoints, renormalise):
     model, ids, *_ = diverse(checkpoints["small"], renormalise=renormalise)
@@ -388,6 +406,20 @@ def test_routers_and_checkpointing(chain, world, checkpoints, tmp_path, flags):
     else:
         assert line["l_bal"] != clean["l_bal"]
         assert line["l_ar"] == pytest.approx(clean["l_ar"], rel=1e-3)  # the experts are still alike
+
+
+def test_the_balance_loss_is_of_the_experts_that_are_trained(world, checkpoints, tmp_path, monkeypatch):
+    """The pass ahead, which counts each expert's tokens, must draw the noise that the training pass draws."""
+    given, trained, balance = [], [], mod_distill.mean_balance_loss
+    monkeypatch.setattr(mod_distill, "mean_balance_loss", lambda student, load, n_tokens: (
+        given.append(load), trained.append(moe.expert_load(student)), balance(student, load, n_tokens))[-1])
+    argv = ["--step", "d2s", "--student", checkpoints["small"], "--teacher", checkpoints["large"]]
+    size = {"global_batch": 4, "micro_batch": 2, "max_steps": 1}
+    mod_distill.main([*argv, "--router", "rsample", *data_flags(world, out=tmp_path / "out", **size)])
+    assert len(trained) == 2
+    load = sum(trained).double()
+    for shares in given:
+        assert torch.allclose(shares, load / load.sum(1, keepdim=True))
 
 
 def test_bf16_is_close_to_fp32(chain, world, checkpoints, pairs, tmp_path):

@@ -32,6 +32,7 @@ STAGES = {
         ("seed", "9" * 20, "is not between 0 and 9223372036854775807"),
         ("micro_batch", "0", "0 is not between 1 and inf"),
         ("micro_batch", "1.5", "invalid int value: '1.5'"),
+        *((f, "0", "0 is not between 1 and inf") for f in ("keep", "epochs", "global_batch", "max_len")),
         ("shard", "weights", "invalid choice: 'weights'"),
     ],
 )

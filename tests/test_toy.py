@@ -9,19 +9,22 @@ import math
 import os
 import re
 import statistics
+import sys
 from collections import Counter
 from concurrent.futures import Executor, Future
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import open_data
+from conftest import ROOT, open_data
 from transformers import AutoProcessor
 
 import ckd
 import toy
 from lab import results, tasks, world
-from lab.tables import TABLES, TEACHERS, Table, cascade
+from lab.tables import DEFAULTS, TABLES, TEACHERS, Table, cascade
 from support.flags import InputError
 
 WORDS = [*world.COLORS, *world.SHAPES]
@@ -179,6 +182,27 @@ def test_a_row_or_claim_with_a_slip_is_refused_before_anything_is_trained(lab, t
         toy.main(["--table", "--out", str(tmp_path)])
 
 
+@pytest.mark.parametrize("name", [name for name, table in TABLES.items() if table.claims])
+def test_the_published_rows_are_those_of_the_tables_and_no_control_took_less(name):
+    """A control of equal FLOPs has no fewer than what it controls, and one of equal time 90 % of the seconds:
+    those of one machine vary.
+    """
+    page = (ROOT / "docs/results" / f"{name}.md").read_text()
+    rows = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in page.splitlines() if "|" in line]
+    number = lambda text: float(text.replace(",", ""))
+    costs = {(row[0], number(row[1])): [number(cell) for cell in row[-3:]] for row in rows
+             if row[0] in TABLES[name].rows}
+    assert costs.keys() == set(product(TABLES[name].rows, TABLES[name].scenes))
+    for (row, _), (steps, *_) in costs.items():
+        stages = [re.match(r"(\w+)(?:.* --max_steps (\d+))?", s) for s in TABLES[name].rows[row].split(" | ")]
+        assert steps == sum(int(stage[2] or DEFAULTS[stage[1]][0]) for stage in stages), row
+    for (better, worse, *_), scenes in product(TABLES[name].claims, TABLES[name].scenes):
+        (_, *mine), (_, *control) = costs[better, scenes], costs[worse, scenes]
+        if better in ("DPT+SFT+DFT", "KD", "mimic, PD"):  # whose controls they are
+            assert control[0] >= 0.9 * mine[0] or "equal time" not in worse, worse
+            assert control[1] >= mine[1] or "equal FLOPs" not in worse, worse
+
+
 def test_stages_that_rows_share_are_planned_once(lab):
     a, b = lab.chain("dpt | sft | dft", "finetune", 400, 0), lab.chain("dpt | sft", "finetune", 400, 0)
     assert a[:2] == b
@@ -238,6 +262,40 @@ def test_a_sample_is_read_once_whatever_file_it_is_in(world, checkpoints, tmp_pa
             if wanted["pixels"]:
                 assert torch.equal(found["pixels"][0], wanted["pixels"][0])
     assert asked == [i for data in (first, longer, captions) for i in range(len(data))]
+
+
+def test_a_step_costs_all_of_its_products(tmp_path, monkeypatch):
+    """Also those that are added in place, as to the gradient of the head, and attention's."""
+
+    def main(argv):
+        assert argv[-2:] == ["--max_steps", "1"]
+        torch.ones(3, 5).addmm_(torch.ones(3, 4), torch.ones(4, 5)) @ torch.ones(5, 2)
+        x = torch.ones(1, 1, 6, 8)
+        torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    stage = SimpleNamespace(main=main, parse_args=lambda argv: SimpleNamespace(max_steps=7))
+    monkeypatch.setitem(sys.modules, "stage", stage)
+    tasks.count(tasks.Task(tasks.count, "stage", [], tmp_path / "cost", [], {}))
+    a_step = 2 * (3 * 4 * 5 + 3 * 5 * 2 + 2 * 6 * 6 * 8)
+    assert read(tmp_path / "cost.json")["tflop"] == pytest.approx(7 * a_step / 1e12)
+
+
+def test_a_row_takes_what_its_stages_take_without_reading(lab, tmp_path):
+    stages = lab.chain("pt | sft", "finetune", 400, 0)
+    for stage, (seconds, reading) in zip(stages, ((5, 2), (4, 0.5))):
+        stage.mkdir(parents=True)
+        (stage / "run.json").write_text(json.dumps({"seconds": seconds}))
+        (stage / "log.jsonl").write_text("{}\n" * 3)
+        lab.tasks[stage].record(reading=reading)
+        lab.tasks[tmp_path / "flops" / stage.name].record(tflop=0.25)
+    answers = lab.answers("questions", stages[-1])
+    answers.mkdir(parents=True)
+    scores = {"by_category": dict.fromkeys(world.SKILLS, 50.0)}
+    (answers / "scores.json").write_text(json.dumps({"sft": scores}))
+    questions = "\n".join(json.dumps({"category": skill}) for skill in world.SKILLS)
+    (lab.world / "questions.jsonl").write_text(questions)
+    row = lab.row(TABLES["kd2"], "PT+SFT", 400, 0, stages)
+    assert (row["seconds"], row["steps"], row["tflop"], row["accuracy"]) == (6.5, 6, 0.5, 50)
 
 
 @pytest.mark.parametrize("strategy", ["bottom-up", "top-down"])
