@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from model import Llava
 from support.chat import IGNORE, IMAGE_TOKEN, PROBE
+from support.checkpoints import check_positions
 from support.checks import check_pair, check_sample, load_image
 from support.flags import InputError, require
 from support.index import Index
@@ -89,6 +90,7 @@ class LlavaData(Dataset):
                  needs_images: bool = False):
         self.image_root, self.skip_bad, self.pairs = args.images, args.skip_bad, pairs
         self.encoder = Encoder(student, args.max_len, getattr(args, "caption_only", False))
+        check_positions(args.max_len, *filter(None, (student, teacher)))
         seeing = [model for model in (student, teacher) if model and model.vision_tower]
         self.image_processors = [model.processor.image_processor for model in seeing]
         self.check = check_pair if pairs else check_sample

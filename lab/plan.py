@@ -21,7 +21,7 @@ import dpt
 import mod_distill
 import moe
 import sft
-from support import chunks, tinyllava
+from support import checkpoints, chunks
 from support.checkpoints import loading
 from support.flags import add_flags, cli, natural, new_parser, number, positive, require, to_argv
 from support.run import precision
@@ -33,8 +33,8 @@ SET_ASIDE = 2 * GIB  # of a GPU: CUDA's own, nccl's buffers, fragments
 
 def read_config(path: str) -> hf.LlavaConfig:
     """The config of a LLaVA checkpoint, or of a new model VISION+LLM."""
-    with loading(f"the config of {path}"):
-        config, *llm = [tinyllava.read_config(part) for part in path.split("+")]
+    with loading("the config of", path):
+        config, *llm = [checkpoints.read_config(part) for part in path.split("+")]
     require(len(llm) < 2, f"{path} has more than one +: give a LLaVA checkpoint or VISION+LLM")
     if not llm:
         kind = config.model_type
@@ -52,10 +52,10 @@ def sizes(config: hf.LlavaConfig, args: argparse.Namespace | None = None) -> dic
     with torch.device("meta"):
         llava = hf.LlavaForConditionalGeneration(config)
         model, body = llava.model, llava.model.language_model
-        if args and config.text_config.model_type == "qwen2":
+        if args and config.text_config.model_type in moe.BLOCKS:
             moe.sparsify(model, args.experts, args.top_k, args.moe_layers)
     count = lambda *parts: sum(p.numel() for part in parts for p in part.parameters())
-    text, sparse = config.text_config, [m for m in body.modules() if hasattr(m, "shared_expert_gate")]
+    text, sparse = config.text_config, [m for m in body.modules() if hasattr(m, "experts")]
     top_k, experts = (text.num_experts_per_tok, text.num_experts) if sparse else (1, 1)
     return {
         "all": count(llava), "vision": count(model.vision_tower), "head": count(body.embed_tokens),
@@ -84,9 +84,9 @@ def kept_by_llm(text: hf.PretrainedConfig, shape: tuple[int, int], dtype: torch.
     layer, and of that by its FFN. It is run on tensors that have shapes and no numbers.
     """
     text = copy.deepcopy(text)
-    if text.model_type == "qwen2_moe":  # of a token each expert keeps what the dense FFN would
-        dense = {"model_type": "qwen2", "intermediate_size": text.moe_intermediate_size}
-        text = hf.Qwen2Config(**text.to_dict() | dense)
+    if text.model_type.endswith("_moe"):  # of a token each expert keeps what the dense FFN would
+        dense = {"model_type": text.model_type[:-4], "intermediate_size": text.moe_intermediate_size}
+        text = hf.AutoConfig.for_model(**text.to_dict() | dense)
     text.num_hidden_layers = 2
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
         x, body = torch.empty(*shape, text.hidden_size, requires_grad=True), hf.AutoModel.from_config(text)

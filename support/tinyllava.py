@@ -39,8 +39,7 @@ READABLE = {
     "image_aspect_ratio": (["square", "pad"], "stock LLaVA sees an image as one square"),
 }
 # What a folder holds that has this file, in the order of looking; None: a whole model.
-FORMS = {"adapter_config.json": "LoRA weights (adapter_config.json)",
-         "model.safetensors": None, "model.safetensors.index.json": None,
+FORMS = {"model.safetensors": None, "model.safetensors.index.json": None,
          "language_model/config.json": "its parts in folders (language_model/, vision_tower/, connector/)"}
 NAMES = {r"^vision_tower\._vision_tower": "vision_tower",
          r"^connector\._connector\.0": "multi_modal_projector.linear_1",
@@ -54,10 +53,8 @@ def own_config(path: str) -> dict | None:
 
 
 def read_config(path: str) -> hf.PretrainedConfig:
-    """Any checkpoint's config; TinyLLaVA's as stock LLaVA's, in which the image token is not set yet."""
+    """The config of a TinyLLaVA checkpoint as stock LLaVA's, in which the image token is not set yet."""
     given = own_config(path)
-    if given is None:
-        return hf.AutoConfig.from_pretrained(path)
     for key, (readable, why) in READABLE.items():
         section, _, name = key.rpartition(".")
         value = (given.get(section, {}) if section else given).get(name) or None
@@ -81,7 +78,7 @@ def read(path: str) -> tuple[hf.LlavaConfig, hf.LlavaProcessor, dict] | None:
     form = next((form for file, form in FORMS.items() if has_file(path, file)), none)
     advice = "put it together in TinyLLaVA, and save model and tokenizer with save_pretrained"
     require(form is None, f"{path} has {form}, where one whole model is needed: {advice}")
-    tokenizer = hf.AutoTokenizer.from_pretrained(path)
+    tokenizer = hf.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     end = f"{path}: its tokenizer's end token is {tokenizer.eos_token!r} and must be {' or '.join(ENDS)}"
     require(tokenizer.eos_token in ENDS, f"{end}: with that its answers were trained to end")
     tokenizer.add_tokens(hf.AddedToken(IMAGE_TOKEN, special=True, normalized=False))

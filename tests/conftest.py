@@ -35,7 +35,7 @@ def vision_config() -> SiglipVisionConfig:
 
 def text_config(width: int = 16, vocab: int = 448, tied: bool = True) -> Qwen2Config:
     return Qwen2Config(vocab_size=vocab, hidden_size=width, intermediate_size=32, num_hidden_layers=2,
-                       num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
+                       num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=2048,
                        tie_word_embeddings=tied, eos_token_id=371, pad_token_id=371,
                        bos_token_id=None)
 
@@ -126,7 +126,8 @@ def open_data(path: Path, images: Path, processor, pairs=False, max_len=2048, ca
         data=str(path), images=str(images), max_len=max_len, skip_bad=skip_bad, caption_only=caption_only
     )
     student = SimpleNamespace(
-        processor=processor, chat=Chat(processor), n_visual_tokens=NP, vision_tower=True
+        processor=processor, chat=Chat(processor), n_visual_tokens=NP, vision_tower=True,
+        config=SimpleNamespace(text_config=text_config()),
     )
     return LlavaData(args, student, pairs=pairs)
 

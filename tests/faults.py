@@ -145,7 +145,8 @@ def open_data(root: Path) -> None:
         args = SimpleNamespace(
             data=str(root / "data.json"), images=str(root / "images"), max_len=2048, skip_bad=0
         )
-        student = {"processor": Processor, "chat": Chat(Processor), "n_visual_tokens": 729}
+        student = {"processor": Processor, "chat": Chat(Processor), "n_visual_tokens": 729,
+                   "config": SimpleNamespace(text_config=None)}
         data = LlavaData(args, SimpleNamespace(**student, vision_tower=True))
         opened = time.time() - begun
         batches = global_batches(data, 128, "0", True)

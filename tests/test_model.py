@@ -186,7 +186,7 @@ def test_a_checkpoint_without_some_weight_is_refused(tmp_path, parts, checkpoint
         with pytest.raises(InputError, match="lacks 1 of the model's weights"):
             load(str(folder))
         (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
-        with pytest.raises(InputError, match="cannot load"):
+        with pytest.raises(InputError, match="only a pointer to the file"):
             load(str(folder))
         shutil.rmtree(folder)
 
