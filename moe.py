@@ -2,25 +2,26 @@
 
     x -> r = Softmax(x W_r) (N, E) -> top-k of it, r~ -> y = sum_i r~_i E_i(x)
 
-The layers are those of transformers' Qwen2-MoE: a sparse checkpoint is a stock LLaVA one, with nothing of
-ours in it. While training, router and experts are replaced: the router can be noisy, leaves padding out and
-keeps what the balance loss is computed from; experts take all tokens routed to them, however many there are
-(departure: the published code drops those beyond a capacity of 1.5).
+The layers are those of transformers' Qwen2-MoE and Qwen3-MoE: a sparse checkpoint is a stock LLaVA one, with
+nothing of ours in it. While training, router and experts are replaced: the router can be noisy, leaves
+padding out and keeps what the balance loss is computed from; experts take all tokens routed to them, however
+many there are (departure: the published code drops those beyond a capacity of 1.5).
 """
-
-import copy
 
 import torch
 import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
 from transformers.models.qwen2_moe import modeling_qwen2_moe as stock
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from losses import balance_loss, routing
 from model import Llava
 from support.flags import require
 
 JITTER = 1e-2  # DeepSpeed's width of the multiplicative noise
+BLOCKS = {"qwen2": (hf.Qwen2MoeConfig, stock.Qwen2MoeSparseMoeBlock),
+          "qwen3": (hf.Qwen3MoeConfig, Qwen3MoeSparseMoeBlock)}
 
 
 class Router(stock.Qwen2MoeTopKRouter):
@@ -69,27 +70,31 @@ class Experts(stock.Qwen2MoeExperts):
 def sparsify(student: Llava, experts: int, top_k: int, layers: str, renormalise: bool = True) -> None:
     """Sparse upcycling: each chosen layer's FFN becomes `experts` copies of itself and a linear router."""
     config = student.config.text_config
-    only = "cannot be made sparse; only a dense Qwen1.5, 2 or 2.5 ('qwen2') can"
-    require(config.model_type == "qwen2", f"a '{config.model_type}' language model {only}")
+    only = "cannot be made sparse; only a dense Qwen1.5, 2, 2.5 ('qwen2') or 3 ('qwen3', of equal layers) can"
+    fits = config.model_type == "qwen2" or config.model_type == "qwen3" and not config.use_sliding_window
+    require(fits, f"a '{config.model_type}' language model {only}")
+    config_kind, block_kind = BLOCKS[config.model_type]
     advice = f"each token needs 1 to {experts} experts"
     require(1 <= top_k <= experts, f"--top_k {top_k} of --experts {experts}: {advice}")
-    known = hf.Qwen2MoeConfig().to_dict().keys() - {"model_type", "architectures"}
+    known = {*config_kind().to_dict(), "head_dim"} - {"model_type", "architectures"}
     sparse, n = chosen_layers(layers, config.num_hidden_layers), config.num_hidden_layers
-    moe = hf.Qwen2MoeConfig(**{k: v for k, v in config.to_dict().items() if k in known} | {
+    moe = config_kind(**{k: v for k, v in config.to_dict().items() if k in known} | {
         "num_experts": experts, "num_experts_per_tok": top_k, "norm_topk_prob": renormalise,
         "moe_intermediate_size": config.intermediate_size, "shared_expert_intermediate_size": 0,
-        "mlp_only_layers": [i for i in range(n) if i not in sparse], "architectures": ["Qwen2MoeForCausalLM"],
+        "mlp_only_layers": [i for i in range(n) if i not in sparse],
+        "architectures": [block_kind.__name__.replace("SparseMoeBlock", "ForCausalLM")],
     })
     moe._attn_implementation = config._attn_implementation
     for layer in (student.language_model.layers[i] for i in sparse):
         dense = layer.mlp
-        layer.mlp = stock.Qwen2MoeSparseMoeBlock(moe).to(dense.down_proj.weight)
+        layer.mlp = block_kind(moe).to(dense.down_proj.weight)
         with torch.no_grad():  # to every expert
             layer.mlp.experts.gate_up_proj.copy_(torch.cat([dense.gate_proj.weight, dense.up_proj.weight]))
             layer.mlp.experts.down_proj.copy_(dense.down_proj.weight)
             layer.mlp.gate.weight.normal_(std=config.initializer_range)
-            layer.mlp.shared_expert_gate.weight.zero_()  # of a shared expert of width 0, which adds nothing
-    student.config.text_config, student.language_model.config = moe, copy.deepcopy(moe)
+            if config.model_type == "qwen2":  # has a shared expert, here of width 0, which adds nothing
+                layer.mlp.shared_expert_gate.weight.zero_()
+    student.config.text_config = moe
     prepare(student)
 
 
@@ -103,13 +108,13 @@ def chosen_layers(layers: str, n: int) -> list[int]:
 
 
 def is_sparse(student: Llava) -> bool:
-    return student.config.text_config.model_type == "qwen2_moe"
+    return student.config.text_config.model_type in {kind.model_type for kind, _ in BLOCKS.values()}
 
 
 def prepare(student: Llava, kind: str = "topk") -> None:
     """Turn the stock routers and experts into `Router`s of this kind and `Experts`, with their weights."""
     for block in (layer.mlp for layer in student.language_model.layers):
-        if isinstance(block, stock.Qwen2MoeSparseMoeBlock):
+        if isinstance(block, tuple(kind for _, kind in BLOCKS.values())):
             block.gate.__class__ = Router
             block.gate.kind = kind
             block.experts.__class__ = Experts

@@ -164,7 +164,7 @@ def infer(path: str, repeats: int, n_new: int = 64) -> dict:
             model(**question)
     peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else memory("VmHWM") - base
     text, total = model.config.text_config, model.num_parameters()
-    idle = 0 if text.model_type != "qwen2_moe" else 1 - text.num_experts_per_tok / text.num_experts
+    idle = 0 if not text.model_type.endswith("_moe") else 1 - text.num_experts_per_tok / text.num_experts
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     n_prompt = question["input_ids"].shape[1]
     return {

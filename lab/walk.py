@@ -53,7 +53,7 @@ def prepare(name: str, root: Path) -> list[str]:
         step=name if name in mod_distill.STEPS else None, student=root / "student",
         teacher=root / "teacher" if name != "sft" else None, images=root / "images",
         data=root / ("preference.json" if name == "pd" else "mixed.json"), out=root / "out",
-        max_steps=1, global_batch=4, micro_batch=4, workers=0, dtype="fp32",
+        max_steps=1, global_batch=4, micro_batch=4, max_len=128, workers=0, dtype="fp32",
     )
 
 

@@ -265,7 +265,7 @@ def test_a_sparse_qwen3(qwen3, checkpoints, world, tmp_path):
 def test_a_qwen3_of_sliding_windows_is_not_made_sparse(qwen3):
     model = Llava.from_checkpoint(qwen3)
     model.config.text_config.use_sliding_window = True
-    with pytest.raises(InputError, match="a 'qwen3' language model cannot be made sparse; only .* of equal layers"):
+    with pytest.raises(InputError, match="a 'qwen3' .* cannot be made sparse; only .* of equal layers"):
         moe.sparsify(model, 4, 2, "all")
 
 

@@ -213,7 +213,7 @@ def test_other_forms_are_refused_by_name(tmp_path, keys, message):
 
 
 @pytest.mark.parametrize("file, message", [
-    ("adapter_config.json", "has LoRA weights"),
+    ("adapter_config.json", "holds a LoRA adapter: merge it"),
     ("language_model/config.json", r"has its parts in folders \(language_model/"),
     ("pytorch_model.bin", "has no model.safetensors"),
 ])
@@ -223,7 +223,8 @@ def test_folders_without_a_whole_model_are_refused_by_name(tmp_path, file, messa
         (Path(path) / "model.safetensors").unlink()
     (Path(path) / file).parent.mkdir(exist_ok=True)
     (Path(path) / file).write_text("{}")
-    with pytest.raises(InputError, match=f"{message}.* save model and tokenizer with save_pretrained"):
+    advice = "(save model and tokenizer with save_pretrained|and save that)"
+    with pytest.raises(InputError, match=f"{message}.*{advice}"):
         load_stock(path, torch.float32, weights=False)
 
 
@@ -258,7 +259,7 @@ def test_it_teaches_a_new_student_through_all_stages(world, tmp_path):
     hf.SiglipImageProcessorPil(size={"height": 24, "width": 24}).save_pretrained(tmp_path / "vision")
     hf.Qwen2ForCausalLM(text_config()).save_pretrained(tmp_path / "llm")
     hf.AutoTokenizer.from_pretrained(teacher).save_pretrained(tmp_path / "llm")
-    flags = lambda out: data_flags(world, out=tmp_path / out, max_steps=1, micro_batch=4)
+    flags = lambda out: data_flags(world, out=tmp_path / out, max_steps=1, micro_batch=4, max_len=512)
     new = ["--vision", f"{tmp_path}/vision", "--llm", f"{tmp_path}/llm"]
     dpt.main([*new, "--teacher", teacher, *flags("dpt")])
     sft.main(["--student", f"{tmp_path}/dpt", *flags("sft")])
