@@ -126,6 +126,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # ---- the loop
         ranks.catch_signals()
+        devices = [ranks.device] if ranks.device.type == "cuda" else []  # whose random numbers are forked
         w_s, w_t = student.lm_head.weight, teacher.lm_head.weight if teacher else None  # (V, D)
 
         def passes(batch: Batch, forward: Callable[..., Tensor], teacher: Llava | None) -> tuple:
@@ -157,9 +158,9 @@ def main(argv: list[str] | None = None) -> None:
             total = count_rows(micros, ranks)  # rows, images, tokens of the global batch
             check_samples(run, micros, total.bad)
             logged, whole = [], None  # whole: `sums` over the global batch; balance loss and KTO need them
-            if sparse and len(micros) > 1:  # before the first backward pass: a pass ahead, without gradients
+            if sparse and len(micros) > 1:  # a pass ahead, without gradients
                 whole, teaches = 0, teacher if args.po == "kto" else None
-                with torch.no_grad(), torch.random.fork_rng():  # router noise will be the same again below
+                with torch.no_grad(), torch.random.fork_rng(devices):  # the same noise comes again below
                     for batch in micros:
                         _, _, ratios = passes(batch.to(ranks.device), student, teaches)
                         whole = whole + sums(ratios)

@@ -3,8 +3,9 @@
     python -m lab.bench losses     this project, the published way, and the matrix products alone
     python -m lab.bench infer --model CHECKPOINT    size, arithmetic, speed and memory of an answer
 
-A line of JSON for each measurement. Times are medians; memory is the peak of resident memory (Linux), for
-losses beyond weights and inputs and in a process of their own; for infer beyond the libraries, or the GPU's.
+A line of JSON for each measurement, on a GPU if there is one. Times are medians; memory is the peak of the
+GPU's or of resident memory (Linux): for losses beyond weights and inputs, in their own process; for infer
+beyond the libraries. "Products" walks the same chunks, a floor for all that forms the same logits.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from lab.results import machine
 from losses import autoregressive_loss, relation_loss, response_kl, self_correlation, visual_kl
 from support.chat import Chat, turn
 from support.checkpoints import load_stock
+from support import chunks
 from support.chunks import gram, over_rows
 from support.flags import add_flags, cli, new_parser, positive, require
 from support.run import precision
@@ -36,12 +38,24 @@ from support.run import precision
 N_VISUAL, N_TEXT, V = 729, 100, 151_936  # SigLIP-384's patches, KD §4.1's response tokens, Qwen1.5's ids
 D_S, D_T, GAMMA = 1024, 2560, 0.5  # widths of Qwen1.5-0.5B and 4B; KD's weight of the relation loss
 N = N_VISUAL + N_TEXT
-IS_TEXT = torch.arange(N) >= N_VISUAL
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IS_TEXT = torch.arange(N, device=DEVICE) >= N_VISUAL
 
 
-def memory(field: str) -> float:
-    """VmRSS (now) or VmHWM (peak) of this process in MiB."""
-    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) / 1024
+def memory(peak: bool = False) -> float:
+    """What this process holds now, or has held at most, in MiB: of the GPU, or resident."""
+    if DEVICE == "cuda":
+        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2**20
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:" if peak else "VmRSS:")[1].split()[0]) / 1024
+
+
+def forget_peak() -> None:
+    """From here on the peak of memory counts anew."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def in_own_process(function: Callable[..., dict], *arguments: object) -> dict:
@@ -54,13 +68,13 @@ def inputs(dtype: torch.dtype, trained: bool) -> dict[str, Tensor]:
     torch.manual_seed(0)
     x = {"h_s": torch.randn(N, D_S).to(dtype), "w_s": torch.randn(V, D_S, dtype=dtype).mul_(0.05)}
     x |= {"h_t": torch.randn(N, D_T).to(dtype), "w_t": torch.randn(V, D_T, dtype=dtype).mul_(0.03)}
-    x |= {"gram_t": gram(x["w_t"], V), "y": torch.randint(0, V, (N,)).masked_fill(~IS_TEXT, -100)}
+    x = {name: tensor.to(DEVICE) for name, tensor in (x | {"y": torch.randint(0, V, (N,))}).items()}
+    x |= {"gram_t": gram(x["w_t"], V), "y": x["y"].masked_fill(~IS_TEXT, -100)}
     if not trained:
         x["gram_s"] = gram(x["w_s"], V)  # of a frozen head: once in a run
     x["h_s"].requires_grad_()
     x["w_s"].requires_grad_(trained)
-    # What only `products` fills; until then it takes no memory.
-    return x | {"z": torch.empty(N, V, dtype=dtype), "d_w": torch.empty(V, D_S, dtype=dtype)}
+    return x
 
 
 def published(x: dict[str, Tensor]) -> Tensor:
@@ -97,12 +111,17 @@ def ours(x: dict[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def products(x: dict[str, Tensor]) -> None:
-    """The matrix products that the losses need, no others; the large ones into memory allocated once."""
-    torch.mm(x["h_t"], x["w_t"].T, out=x["z"])
-    torch.mm(x["h_s"], x["w_s"].T, out=x["z"])
-    x["z"] @ x["w_s"]
-    if x["w_s"].requires_grad:
-        torch.mm(x["z"].T, x["h_s"], out=x["d_w"]).addmm_(x["w_s"], gram(x["w_s"], V))
+    """The matrix products that the losses need, and no others."""
+    at_once = chunks.CHUNK * (chunks.ON_GPU if DEVICE == "cuda" else 1) // V
+    d_w = torch.zeros_like(x["w_s"]) if x["w_s"].requires_grad else None
+    for h_s, h_t in zip(x["h_s"].split(at_once), x["h_t"].split(at_once)):
+        z = h_t @ x["w_t"].T
+        torch.mm(h_s, x["w_s"].T, out=z)
+        z @ x["w_s"]
+        if d_w is not None:
+            d_w.addmm_(z.T, h_s)
+    if d_w is not None:
+        d_w.addmm_(x["w_s"], gram(x["w_s"], V))
 
 
 def losses_of(way: Callable, dtype: str, head: str, repeats: int) -> dict:
@@ -116,15 +135,17 @@ def losses_of(way: Callable, dtype: str, head: str, repeats: int) -> dict:
 
     run()
     x["h_s"].grad = x["w_s"].grad = None
-    before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    forget_peak()
+    before = memory()
     for _ in range(repeats):
         start = time.perf_counter()
         run()
+        norm = 0.0 if x["h_s"].grad is None else x["h_s"].grad.float().norm().item()  # waits for a GPU
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-        norm = 0.0 if x["h_s"].grad is None else x["h_s"].grad.float().norm().item()
         x["h_s"].grad = x["w_s"].grad = None
-    return {"seconds": statistics.median(seconds), "MiB": memory("VmHWM") - before, "norm": norm}
+    return {"seconds": statistics.median(seconds), "MiB": memory(peak=True) - before, "norm": norm}
 
 
 def bench_losses(repeats: int) -> Iterator[dict]:
@@ -140,14 +161,13 @@ def bench_losses(repeats: int) -> Iterator[dict]:
 
 def infer(path: str, repeats: int, n_new: int = 64) -> dict:
     """One image, one question and `n_new` tokens of an answer, by the stock model, as others run it."""
-    on_gpu, base = torch.cuda.is_available(), memory("VmRSS")
-    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+    base, dtype = memory(), torch.bfloat16 if DEVICE == "cuda" else torch.float32
     model, processor = load_stock(path, dtype)
-    model, size = model.to(device).eval(), model.config.vision_config.image_size
+    model, size = model.to(DEVICE).eval(), model.config.vision_config.image_size
     model.generation_config = greedy(model, processor.tokenizer)
     prompt = Chat(processor).render([turn("user", "What is this?", 1)], ask=True)
     question = processor(images=Image.new("RGB", (size, size)), text=prompt, return_tensors="pt")
-    question = question.to(device, dtype)
+    question = question.to(DEVICE, dtype)
 
     def seconds(n_tokens: int) -> float:
         start = time.perf_counter()
@@ -162,7 +182,6 @@ def infer(path: str, repeats: int, n_new: int = 64) -> dict:
         prefill, whole = (statistics.median(seconds(n) for _ in range(repeats)) for n in (1, 1 + n_new))
         with flops:
             model(**question)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else memory("VmHWM") - base
     text, total = model.config.text_config, model.num_parameters()
     idle = 0 if not text.model_type.endswith("_moe") else 1 - text.num_experts_per_tok / text.num_experts
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
@@ -171,7 +190,7 @@ def infer(path: str, repeats: int, n_new: int = 64) -> dict:
         "model": path, "parameters": total, "activated": round(total - idle * experts),
         "prompt_tokens": n_prompt, "TFLOP": flops.get_total_flops() / 1e12,
         "prefill_tokens_per_s": n_prompt / prefill,
-        "decode_tokens_per_s": n_new / max(whole - prefill, 1e-9), "GiB": peak / 1024,
+        "decode_tokens_per_s": n_new / max(whole - prefill, 1e-9), "GiB": (memory(peak=True) - base) / 1024,
     }
 
 

@@ -125,7 +125,7 @@ def do(tasks: dict[Path, Task], jobs: int, out: Path) -> None:
     order = TopologicalSorter({key: [i for i in task.inputs if i in tasks] for key, task in tasks.items()})
     order.prepare()
     ready, running, n = deque(), {}, 0
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # the tables are of CPUs, in fp32
     with ProcessPoolExecutor(jobs, get_context("spawn"), start_worker, (out / "stages.log",)) as pool:
         while order.is_active():
             ready += order.get_ready()

@@ -34,7 +34,7 @@ import moe
 import sft
 from model import Llava, load_teacher
 from support.chat import IMAGE_TOKEN
-from support.checkpoints import see_alike
+from support.checkpoints import loading, see_alike
 from support.flags import InputError
 
 # ---------------------------------------------------------------------------------- folders
@@ -96,6 +96,14 @@ def test_the_parts_of_a_quantised_model(checkpoints, tmp_path):
     text = json.loads((folder / "config.json").read_text())["text_config"]
     set_json(folder / "config.json", text_config=text | {"quantization_config": {"quant_method": "fp8"}})
     assert "quantised weights" in says(Llava.from_checkpoint, folder)
+
+
+def test_of_a_long_message_the_beginning_is_shown(tmp_path):
+    def load(path):
+        with loading("--llm", path):
+            raise ValueError("a" * 9999)
+
+    assert says(load, tmp_path) == f"cannot load --llm {tmp_path}: " + "a" * 300
 
 
 # ---------------------------------------------------------------------------------- what a model cannot take
@@ -265,7 +273,7 @@ def test_a_sparse_qwen3(qwen3, checkpoints, world, tmp_path):
 def test_a_qwen3_of_sliding_windows_is_not_made_sparse(qwen3):
     model = Llava.from_checkpoint(qwen3)
     model.config.text_config.use_sliding_window = True
-    with pytest.raises(InputError, match="a 'qwen3' .* cannot be made sparse; only .* of equal layers"):
+    with pytest.raises(InputError, match="'qwen3' language model cannot be made sparse; .* of equal layers"):
         moe.sparsify(model, 4, 2, "all")
 
 

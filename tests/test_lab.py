@@ -48,9 +48,9 @@ def need(shapes, stage: str, *more: str, teacher: bool = True, tokens: int = 46)
 
 def peak_of(argv: list[str]) -> dict[str, float]:
     """The peak of resident memory in a run of dft.py, in MiB beyond what the process had after importing."""
-    before = bench.memory("VmRSS")
+    before = bench.memory()
     dft.main(argv)
-    return {"MiB": bench.memory("VmHWM") - before}
+    return {"MiB": bench.memory(peak=True) - before}
 
 
 def test_memory_is_what_a_run_takes(tmp_path, tokenizer, monkeypatch):
