@@ -70,19 +70,19 @@ def main(argv: list[str] | None = None) -> None:
             lr = set_lr(optimizer, step, len(steps), args.lr, args.warmup)
             total = count_rows(micros, ranks)  # rows, images, tokens of the global batch
             check_samples(run, micros, total.bad)
-            gram_s = gram(w_s, n_ids) if args.gamma else None  # (D_s, D_s)
+            gram_s = gram(w_s, n_ids) if args.gamma else None  # (D_s, D_s), for all micro-batches
             logged = []
             for k, batch in enumerate(micros, 1):
                 batch = batch.to(ranks.device)
                 with ranks.exchange_gradients(now=k == len(micros)), run.autocast():
                     z = student.encode_images(batch.pixel_values)  # (n, Np, C)
                     h_s = forward(batch.input_ids, z)  # (B, T, D_s)
-                    with torch.no_grad():  # a teacher without a tower sees by the student's
+                    with torch.no_grad():  # without a tower it sees as the student does
                         z_t = teacher.encode_images(batch.teacher_pixels) if teacher.vision_tower else z
                         h_t = teacher(batch.input_ids, z_t)  # (B, T, D_t)
 
                 # ---- Eq. (7), its sums over rows: `over_rows` forms the logits of a few rows of one kind
-                # and calls this with log phi_s, log phi_l (N, V) and the next tokens y (N,)
+                # and calls this with log phi_s, log phi_l (N, V) and y (N,), the next token if it is learned
                 def objective(response, visual, prompt):
                     l_reg = autoregressive_loss(response.log_s, response.y, 1 / total.response)
                     l_res = response_kl(response.log_s, response.log_t, 1 / total.response)

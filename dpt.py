@@ -97,12 +97,12 @@ def main(argv: list[str] | None = None) -> None:
                     z = student.encode_images(batch.pixel_values)  # (n, Np, C)
                     h_s = forward(batch.input_ids, z)  # (B, T, D_s)
                     if teacher:
-                        with torch.no_grad():  # a teacher without a tower sees by the student's
+                        with torch.no_grad():  # without a tower it sees as the student does
                             z_t = teacher.encode_images(batch.teacher_pixels) if teacher.vision_tower else z
                             h_t = teacher(batch.input_ids, z_t)  # (B, T, D_t)
 
                 # ---- Eq. (6), its sums over rows: `over_rows` forms the logits of a few rows of one kind
-                # and calls this with log phi_s, log phi_l (N, V) and the next tokens y (N,)
+                # and calls this with log phi_s, log phi_l (N, V) and y (N,), the next token if it is learned
                 def objective(response, visual, prompt):
                     l_pt = autoregressive_loss(response.log_s, response.y, 1 / total.response)
                     if not teacher:

@@ -1,13 +1,14 @@
 """The losses of the three papers, one function each: what stands here is what is differentiated.
 
 Glossary of shapes
-    B   samples in a batch                    T   positions of the padded sequence
+    B   samples in a rank's micro-batch       T   positions of the padded sequence
     N   rows of a kind (see below)            V   token ids (rows of the language-model head)
-    D   width of the language model           Np  visual tokens of one image;  n  images in the batch
+    D   width of the language model           Np  visual tokens of one image;  n  images in it
 
 Conventions, for every function
     * A *row* is one position of the sequence; its distribution is over the next token. Which positions are
-      response, visual or prompt rows is decided once, in `data.Batch`; nothing here shifts anything.
+      response, visual or prompt rows is decided once, in `data.LlavaData.collate`; nothing here shifts
+      anything. A row may be of two kinds: the last image token before a caption is visual and response.
     * `log_s` and `log_t` are log-probabilities, log phi_s and log phi_l of the papers: natural logarithms, in
       fp32 or fp64. The paper's phi_s is the student (small), phi_l the teacher (large).
     * A loss is a weighted *sum* over its rows (images, pairs), never a mean of those it is given: only some
@@ -35,7 +36,7 @@ def autoregressive_loss(log_s: Tensor, y: Tensor, weights: Weights) -> Tensor:
     log_s  (N, V)  log phi(. | y_<m), at the position before y_m
     y      (N,)    y_m, token ids in [0, V); a row of weight 0 may hold -100
     Returns a scalar >= 0, in nats. Also L_PT and L_SFT of the paper, and Eq. (5) of LLaVA-MoD. (The paper
-    prints phi_l here; what is trained is the student, so phi is phi_s.)
+    prints phi_l, as it first trains the teacher by it; phi is whichever model is trained.)
     """
     return weighted_sum(-log_probability(log_s, y), weights)
 
@@ -49,7 +50,8 @@ def kl_divergence(log_s: Tensor, log_t: Tensor) -> Tensor:
     """KLD(phi_l || phi_s) = sum_j phi_l(Y_j) log(phi_l(Y_j) / phi_s(Y_j)), the summand of Eqs. (2) and (3)
 
     log_s (N, V_s), log_t (N, V_t) -> (N,), >= 0, in nats; exactly 0 where both are the same numbers.
-    The forward KL at temperature 1, over the token ids that both heads have.
+    The forward KL at temperature 1, over the token ids that both heads have. The expectation is over the
+    *second* argument's distribution.
     """
     log_s, log_t = over_common_ids(log_s, log_t)
     return (log_t.exp() * (log_t - log_s)).sum(-1)
@@ -88,7 +90,7 @@ def prompt_kl(log_s: Tensor, log_t: Tensor, weights: Weights) -> Tensor:
 def self_correlation(y: Tensor, gram: Tensor | None = None) -> Tensor:
     """R_v = y_v (x) y_v = y_v y_v^T                                         Eq. (4), arXiv 2410.16236v1
 
-    y     (n, Np, V)  the raw logits at one image's visual tokens, or
+    y     (n, Np, V)  the raw logits at the visual tokens of each of n images, or
           (n, Np, D)  the hidden states h that they come from, y = h W^T, together with
     gram  (D, D)      G = W^T W of the language-model head W (V, D): then y y^T = h W^T W h^T = h G h^T
     Returns (n, Np, Np). The paper says "visual logits"; here they are raw.
@@ -105,8 +107,8 @@ def relation_loss(r_s: Tensor, r_t: Tensor, weights: Weights, columns: bool = Fa
     columns   False: one cosine per image, over the flattened matrix (KD, Frobenius norm);
               True: L_cos = (1/Np) sum_i (1 - cos(R_t[:, i], R_s[:, i])), Eq. (6) of LLaVA-CKD, arXiv
               2605.10641, as its damaged print is read here
-    Returns a scalar in [0, 2], in fp64: in fp32, 1 - cos would be lost in rounding near 0, and squares of
-    large entries would overflow. A matrix (column) of zeros has no direction: its cosine is 0.
+    Returns a scalar in [0, 2] if the weights sum to 1. In fp64: in fp32, 1 - cos would be lost in rounding
+    near 0, and squares of large entries would overflow. A matrix of zeros has no direction: its cosine is 0.
     """
     r_s, r_t = r_s.double(), r_t.double()
     if columns:

@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
                     h_s = forward(batch.input_ids, z)  # (B, T, D_s)
 
                 # ---- Eq. (1), a sum over rows: `over_rows` forms the logits of a few rows of one kind
-                # and calls this with log phi_s (N, V) and the next tokens y (N,)
+                # and calls this with log phi_s (N, V_s) and the next tokens y (N,)
                 def objective(response):
                     l_reg = autoregressive_loss(response.log_s, response.y, 1 / total.response)
                     return l_reg, {"l_reg": l_reg}

@@ -1,4 +1,4 @@
-"""Losses from hidden states, without the logits of all rows at once. No equation is here: the stage has them.
+"""Losses from hidden states, without the logits of all rows at once. No loss is here: the stage has them.
 
 At the papers' sizes the logits of one sample, 829 rows of 151,936 ids, are half a gigabyte, and losses that
 are written on them hold several copies. So rows are walked in chunks: the logits of a chunk are formed, the
@@ -16,7 +16,7 @@ from support.flags import require
 
 CHUNK = 1 << 23  # logits formed at a time: 55 rows of 151,936 ids; on a GPU ON_GPU times as many
 ON_GPU = 16
-Head = tuple[Tensor, Tensor]  # hidden states (B, T, D) and the weight of the language-model head (V, D)
+Head = tuple[Tensor, Tensor]  # what logits are made of: hidden states (B, T, D), weight of the head (V, D)
 Objective = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 _sums = set()  # (code, kind) of objectives that were seen to be sums over the rows of this kind
 
@@ -38,8 +38,9 @@ def over_rows(
 
     objective  a function of one `Rows` for each kind. It is called once per chunk. A chunk holds rows of one
                kind; the arguments for the other kinds are then empty. It returns a *sum* over the rows it is
-               given, and terms that are such sums. (If the head is frozen, it may return a loss for each row
-               (N,) instead; then so does this.)
+               given, and terms that are such sums. It must do nothing else: it is also called without rows,
+               and at first a few times more, to see that it is a sum. (If the head is frozen, it may return a
+               loss for each row (N,) instead; then so does this.)
     kinds      the names of its arguments, each with the mask (B, T) of its rows; None for no rows
     y          (B, T) the next token where it is learned, else -100
     extra      (B, T, ...) anything that the objective wants to know of each row, such as a weight
@@ -52,8 +53,8 @@ def over_rows(
     """
     advice = "`extra` would get no gradient: detach it, or name what the objective learns in `learned`"
     require(extra is None or not extra.requires_grad, advice)
-    none = y.new_zeros(0)
-    at = {name: none if mask is None else mask.flatten().nonzero()[:, 0] for name, mask in kinds.items()}
+    no_rows = y.new_zeros(0)
+    at = {name: no_rows if mask is None else mask.flatten().nonzero()[:, 0] for name, mask in kinds.items()}
     order = torch.cat([*at.values()])  # the numbers of all rows, kind by kind
     pick = lambda x: None if x is None else x.flatten(0, 1).index_select(0, order)
     (hidden, head), (t_hidden, t_head) = (pick(student[0]), student[1]), (None, None)

@@ -27,7 +27,7 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def kills(n: int, root: Path) -> None:
-    """SFT on the toy world, killed and started again until it has been killed `n` times in all."""
+    """DPT on the toy world, killed and started again until it has been killed `n` times in all."""
     from safetensors.torch import load_file
     from torch import equal
 
