@@ -34,8 +34,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     ])
     add_kd_flags(parser, alpha=1.0, beta=1.0, gamma=1.0, relation="columns", source="CKD §4.1")
     add_flags(parser, "training", [
-        ("--pretrain_data", str, REQUIRED, "image-caption pairs of DPT"),
-        ("--finetune_data", str, REQUIRED, "instructions of SFT and DFT"),
+        ("--pretrain_data", [str], REQUIRED, "image-caption pairs of DPT"),
+        ("--finetune_data", [str], REQUIRED, "instructions of SFT and DFT"),
         ("--caption_only", bool, True, "DPT on image and answer, without the question; as LLaVA-1.5"),
         ("--pretrain_lr", float, 1e-3, "peak learning rate of DPT; CKD §4.1"),
         ("--pretrain_batch", int, 256, "samples per step of DPT; CKD §4.1"),

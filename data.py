@@ -84,7 +84,7 @@ def count_rows(micros: list[Batch], ranks: Ranks) -> Counts:
 
 
 class LlavaData(Dataset):
-    """Checked samples of a data file; with `pairs`, each has a chosen and a rejected answer to one prompt."""
+    """Checked samples of data files; with `pairs`, each has a chosen and a rejected answer to one prompt."""
 
     def __init__(self, args: Namespace, student: Llava, teacher: Llava | None = None, pairs: bool = False,
                  needs_images: bool = False):
@@ -96,16 +96,20 @@ class LlavaData(Dataset):
         self.check = check_pair if pairs else check_sample
         folder = f"{os.path.abspath(args.images)} at {os.path.realpath(args.images)}"  # links are followed
         checks = f"{self.check.__name__}, images in {folder}, {Sizes._fields}"
-        self.index = Index(args.data, checks, len(Sizes._fields), self.measure, args.skip_bad > 0)
-        self.bad, n = self.index.bad, len(self.index.bad) + len(self.index.sizes)
+        paths = [args.data] if isinstance(args.data, str) else args.data
+        of_file = checks, len(Sizes._fields), self.measure, args.skip_bad > 0
+        self.files, self.indexes = ", ".join(paths), [Index(path, *of_file) for path in paths]
+        self.sizes = torch.cat([index.sizes for index in self.indexes])  # of all samples, file by file
+        self.bad = [message for index in self.indexes for message in index.bad]
+        n = len(self.bad) + len(self.sizes)
         advice = f"{len(self.bad)} of {n} samples are bad, more than --skip_bad {args.skip_bad} allows"
         require(len(self.bad) <= args.skip_bad, f"{''.join(self.bad[:1])}; {advice}")
         fits, n_visual = self.fit(), self.encoder.n_visual
         self.usable, self.n_too_long = fits.nonzero().flatten(), int((~fits).sum())
-        none = f"{args.data}: none of {len(fits)} samples has anything to learn within"
+        none = f"{self.files}: none of {len(fits)} samples has anything to learn within"
         require(len(self), f"{none} --max_len {args.max_len}, of which an image takes {n_visual}: raise it")
-        sizes = Sizes(*self.index.sizes[self.usable].unbind(1))
-        blind = f"{args.data} has no image: only the projector is trained, and text does not reach it"
+        sizes = Sizes(*self.sizes[self.usable].unbind(1))
+        blind = f"{self.files} has no image: only the projector is trained, and text does not reach it"
         require(not needs_images or sizes.images.any(), blind)
         self.n_images, self.n_unmarked = sizes.images.tolist(), int(sizes.unmarked.sum())
         tokens = sizes.text // 4 + sizes.images * n_visual  # about, for grouping
@@ -115,7 +119,7 @@ class LlavaData(Dataset):
         """Of which samples something is learned within --max_len. Only those are read that may be too long: a
         token has at least one byte, and what the template adds to a turn is shorter than all of PROBE.
         """
-        sizes, per_turn = Sizes(*self.index.sizes.unbind(1)), len(self.encoder.chat.encode(PROBE)[0])
+        sizes, per_turn = Sizes(*self.sizes.unbind(1)), len(self.encoder.chat.encode(PROBE)[0])
         most = sizes.images * (self.encoder.n_visual + 2) + per_turn * (sizes.turns_before + 1)
         fits = most + sizes.text_before < self.encoder.max_len
         for i in (~fits).nonzero().flatten().tolist():
@@ -130,14 +134,18 @@ class LlavaData(Dataset):
         """Check a record, and say how large it is. Of a pair all must fit: cut, both may be the same."""
         conversations, images, unmarked = self.check(where, record, self.image_root, exist=not self.skip_bad)
         n_bytes = [max(len(m["content"][-1]["text"].encode()) for m in turn) for turn in zip(*conversations)]
-        before = len(n_bytes) if self.pairs else [m["role"] for m in conversations[0]].index("assistant")
+        before = len(n_bytes) if self.pairs else [m["learned"] for m in conversations[0]].index(True)
         return Sizes(len(images), sum(n_bytes), before, sum(n_bytes[:before]), unmarked)
 
     def sample(self, i: int) -> tuple[str, list[list[dict]], list[str]]:
-        """(its name, conversations, image paths) of sample `i` of the index, read from the disk."""
-        where, record = self.index.read(i)
+        """(its name, conversations, image paths) of sample `i` of all files, read from the disk."""
+        for index in self.indexes:
+            if i < len(index.sizes):
+                break
+            i -= len(index.sizes)
+        where, record = index.read(i)
         conversations, images, _ = self.check(where, record, self.image_root, exist=False)
-        return f"{where} (id {record.get('id')})", conversations, images
+        return f"{where} (id {str(record.get('id'))[:200]})", conversations, images
 
     def encode(self, conversations: list[list[dict]]) -> list[tuple[list[int], list[int]]]:
         return [self.encoder(messages, last_only=self.pairs) for messages in conversations]
@@ -182,7 +190,7 @@ class LlavaData(Dataset):
 def schedule(data: LlavaData, args: Namespace) -> list[list[int]]:
     """The samples of every optimizer step of the run. Depends on data, seed and batch size only."""
     n, size, by_modality = len(data), args.global_batch, args.group_by_modality
-    require(n >= size, f"{args.data} has {n} usable samples, fewer than one --global_batch {size}")
+    require(n >= size, f"{data.files} has {n} usable samples, fewer than one --global_batch {size}")
     epochs = (global_batches(data, size, f"{args.seed}/{e}", by_modality) for e in range(args.epochs))
     return [batch for epoch in epochs for batch in epoch][: args.max_steps or None]
 

@@ -86,7 +86,8 @@ class Lab:
             usual = DATA.get(name, "mixed" if script == "mod_distill" else "finetune")
             name = slug(text) + f".{kind}" * (kind != usual)
             out = folders[-1].with_name(f"{folders[-1].name}-{name}") if folders else folder / name
-            argv = to_argv(**SETTINGS | flags | {"out": out}) + words
+            flags = {k: v for k, v in (SETTINGS | flags).items() if f"--{k}" not in words}
+            argv = to_argv(**flags, out=out) + words
             args = importlib.import_module(script).parse_args(argv)  # also refuses what it does not know
             argv += ["--epochs", str(args.max_steps // max(scenes // BATCH, 1) + 1)]  # enough
             self.plan(train, script, argv, out, [self.world, *inputs])

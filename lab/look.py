@@ -30,7 +30,7 @@ token before an answer is coloured as response, and the answer's end token is no
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
-    parser.add_argument("data", metavar="FILE", help="samples or preference pairs, .json or .jsonl")
+    parser.add_argument("data", metavar="FILE", nargs="+", help="samples or pairs, .json or .jsonl")
     add_flags(parser, "how to look", [
         ("--images", str, ".", "folder that the image paths in FILE start from"),
         ("--model", str, REQUIRED, "LLaVA checkpoint, hub name or folder; its weights are not read"),
@@ -51,7 +51,7 @@ def spread(n: int, wanted: int) -> range:
 def survey(data: LlavaData, encode: Encoder, near: range) -> tuple[list[str], list[int]]:
     """What would stop a run, and the tokens of the samples in `near`, whose images are read, too."""
     bad, tokens = list(data.bad), []
-    for i in tqdm(range(len(data.index.sizes)), desc="look", leave=False):
+    for i in tqdm(range(len(data.sizes)), desc="look", leave=False):
         name, conversations, images = data.sample(i)
         try:
             check_images(name, images, 0, data.image_root)
@@ -86,15 +86,15 @@ def main(argv: list[str] | None = None) -> int:
     """Look, and say what is there; the exit code."""
     args = parse_args(argv)
     model = Llava.from_checkpoint(args.model, weights=False)
-    begin = [record for _, record in islice(records(args.data, skip_bad=True), 10)]
+    begin = [record for path in args.data for _, record in islice(records(path, skip_bad=True), 10)]
     pairs = any(isinstance(record, dict) and "chosen" in record for record in begin)
     lenient = argparse.Namespace(**vars(args), skip_bad=sys.maxsize)  # to find all that is bad
     data = LlavaData(lenient, model, pairs=pairs)
-    near = spread(len(data.index.sizes), args.decode)
+    near = spread(len(data.sizes), args.decode)
     bad, tokens = survey(data, Encoder(model, sys.maxsize, args.caption_only), near)
-    n = len(data.index.sizes) + len(data.bad)
-    print(f"{args.data}: {n:,} {'preference pairs' if pairs else 'samples'}")
-    kinds = data.index.sizes[:, 0].clamp_max(2).bincount(minlength=3).tolist()  # by their images
+    n = len(data.sizes) + len(data.bad)
+    print(f"{data.files}: {n:,} {'preference pairs' if pairs else 'samples'}")
+    kinds = data.sizes[:, 0].clamp_max(2).bincount(minlength=3).tolist()  # by their images
     for label, count in zip(LABELS, [*kinds, data.n_unmarked, data.n_too_long, len(bad)]):
         print(f"  {label:22s}{count:>10,d}{count / n:>8.1%}")
     for message in bad[:10]:

@@ -164,7 +164,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ("--samples", positive, None, "samples of the data; without it as in the papers, 558k or 665k"),
     ])
     args, rest = parser.parse_known_args(argv)
-    needless = ["--data", "-", "--out", "-"] + ["--step", args.stage] * (STAGES[args.stage] is mod_distill)
+    known = {"data": "-", "out": "-"} | ({"step": args.stage} if STAGES[args.stage] is mod_distill else {})
+    needless = to_argv(**{flag: value for flag, value in known.items() if f"--{flag}" not in rest})
     args = argparse.Namespace(**vars(STAGES[args.stage].parse_args([*needless, *rest])) | vars(args))
     args.student = args.student or f"{args.vision}+{args.llm}"
     return args

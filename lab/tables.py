@@ -41,7 +41,7 @@ def cascade(*teachers: str) -> str:
 
 def at(stages: str) -> dict[str, str]:
     """Rows that differ in the peak learning rate of the last stage."""
-    rows = (f"{stages} --lr {rate}" for rate in ("2e-3", "4e-3", "8e-3", "1.6e-2"))
+    rows = (f"{stages.split(' --lr ')[0]} --lr {rate}" for rate in ("2e-3", "4e-3", "8e-3", "1.6e-2"))
     return {row.replace(" | ", ", "): row for row in rows}
 
 

@@ -71,8 +71,11 @@ def count(task: Task) -> None:
     stage = importlib.import_module(task.script)
     added = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}
     counter = FlopCounterMode(display=False, custom_mapping=added)
+    argv = task.argv.copy()
     with tempfile.TemporaryDirectory() as folder, sdpa_kernel(SDPBackend.MATH), counter:
-        stage.main([*task.argv, "--out", f"{folder}/step", "--max_steps", "1"])
+        for flag, value in ("--out", f"{folder}/step"), ("--max_steps", "1"):
+            argv[argv.index(flag) + 1] = value
+        stage.main(argv)
     task.record(tflop=counter.get_total_flops() * stage.parse_args(task.argv).max_steps / 1e12)
 
 

@@ -5,6 +5,8 @@ template puts behind it. So prompts in training, in evaluate.py and of stock `ap
 same ids. Published templates do not mark what is generated, or leave the end token outside of it.
 """
 
+import re
+
 import transformers as hf
 
 from support.flags import InputError, require
@@ -28,9 +30,10 @@ CHAT_TEMPLATE = """\
 """
 
 
-def turn(role: str, text: str, images: int = 0) -> dict:
-    """A message as chat templates take it, its images first."""
-    return {"role": role, "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
+def turn(role: str, text: str, images: int = 0, learned: bool = True) -> dict:
+    """A message as chat templates take it, its images first; of all turns only answers can be learned."""
+    content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
+    return {"role": role, "content": content, "learned": learned and role == "assistant"}
 
 
 # What teacher and student must write alike.
@@ -45,7 +48,7 @@ class Chat:
         self.tokenizer = tokenizer = processor.tokenizer
         self.template = getattr(processor, "chat_template", None) or tokenizer.chat_template
         where, eos = f"the checkpoint {tokenizer.name_or_path}", tokenizer.eos_token
-        require(self.template, f"{where} has no chat template; save one with its tokenizer")
+        require(isinstance(self.template, str), f"{where} has no chat template, or several; save it with one")
         require(eos is not None, f"{where} has no end token: set eos_token in its tokenizer_config.json")
         # What stands between prompt and answer and behind the answer, from texts that can be found again. Of
         # two lines each: a template that takes a text and is given a list of parts prints it as Python does.
@@ -75,9 +78,9 @@ class Chat:
         try:
             text = self.tokenizer.apply_chat_template(messages, **options)
         except Exception as error:  # whatever Jinja, or the template by itself, raises
-            raise InputError(f"{where} cannot write a conversation: {error}") from None
+            raise InputError(f"{where} cannot write a conversation: {str(error)[:200]}") from None
         n = sum(part["type"] == "image" for m in messages for part in m["content"])
-        require(text.count(IMAGE_TOKEN) >= n, f"{where} leaves an image out: {text!r}")
+        require(text.count(IMAGE_TOKEN) >= n, f"{where} leaves an image out: {text[:200]!r}")
         return text
 
     def begins(self, text: str) -> bool:
@@ -90,21 +93,28 @@ class Chat:
     def encode(self, messages: list[dict], last_only: bool = False) -> tuple[list[int], list[int]]:
         """(token ids, y): at each position the next token where that is learned, else IGNORE.
 
-        Learned are all answers (or the last) and their end tokens; what comes behind the last is left out.
+        Learned are all answers (or the last) that may be, and their end tokens; what follows is left out.
         """
         text, told, ids, y = "", "", [], []
         for k, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             asked = self.render(messages[:k], ask=True)
-            require(asked.startswith(told), f"the chat template must go on from {told!r}, not from {asked!r}")
+            why = " (it writes <think> before the last answer alone)" * ("<think>" in told)
+            parts = f"the chat template{why} must go on from {told[:200]!r}, not from {asked[:200]!r}"
+            require(asked.startswith(told), f"{parts}; a new student may take --template own")
+            said = [m["content"][-1]["text"] for m in messages[k - 1 if told else 0 : k]]
+            stands = re.search(".*".join(map(re.escape, said)), asked[len(told) :], re.DOTALL)
+            left_out = f"the chat template leaves out a turn of {str(said)[:200]}"
+            require(stands, f"{left_out}; take it out of the data, or --template own for a new student")
             prompt = text + asked[len(told) :]
             text = prompt + self.lead + message["content"][-1]["text"] + self.end
             before, given, ids = ids, self.ids(prompt), self.ids(text)
             apart = given[: len(before)] == before and ids[: len(given)] == given
-            require(apart, f"the tokenizer joins an answer with the text beside it in {text[-200:]!r}")
+            why = "; the prompt ends with a blank: take --template own" * prompt.endswith(" ")
+            require(apart, f"the tokenizer joins an answer with the text beside it in {text[-200:]!r}{why}")
             y += [IGNORE] * (len(ids) - len(y))
-            if message is messages[-1] or not last_only:
+            if message["learned"] and (message is messages[-1] or not last_only):
                 y[len(given) - 1 :] = [*ids[len(given) :], IGNORE if self.end else self.end_id]
             if k + 1 < len(messages):
                 text, told = text + self.rest, self.render(messages[: k + 1])
@@ -112,7 +122,7 @@ class Chat:
 
     def caption(self, messages: list[dict]) -> tuple[list[int], list[int]]:
         """As LLaVA's pre-training: the images and the answers, without the questions and the template."""
-        text = " ".join(m["content"][-1]["text"] for m in messages if m["role"] == "assistant")
+        text = " ".join(m["content"][-1]["text"] for m in messages if m["learned"])
         n = sum(part["type"] == "image" for m in messages for part in m["content"])
         given = self.ids("") + [self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)] * n
         learned = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_id]

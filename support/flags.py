@@ -43,8 +43,18 @@ REQUIRED = ...  # as the default of a flag: it must be given
 natural, positive, weight, share = number(int, 0), number(int, 1), number(float, 0), number(float, 0, 1)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that refuses a flag that is given twice, of which argparse takes the last."""
+
+    def parse_known_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None):
+        words = [w.split("=")[0].replace("--no-", "--") for w in (sys.argv[1:] if args is None else args)]
+        twice = sorted({w for w in words if w.startswith("--") and words.count(w) > 1})
+        require(not twice, f"{', '.join(twice)} is given twice; give it once, with all of its values")
+        return super().parse_known_args(args, namespace)
+
+
 def new_parser(doc: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
 def add_flags(parser: argparse.ArgumentParser, title: str, rows: list[tuple]) -> None:
@@ -101,7 +111,7 @@ def add_training_flags(parser: argparse.ArgumentParser, lr: float, batch: int, e
                        source: str) -> None:
     """The flags that every stage has, with the stage's own defaults; `source` says where those come from."""
     add_flags(parser, "data", [
-        ("--data", str, REQUIRED, "training samples in LLaVA format, .json or .jsonl"),
+        ("--data", [str], REQUIRED, "one or more files of samples in LLaVA format, .json or .jsonl"),
         ("--images", str, ".", "folder that the image paths in DATA start from"),
         ("--max_len", positive, 2048, "longest sequence in tokens, with all visual tokens; as LLaVA-1.5"),
         ("--group_by_modality", bool, True, "image and text-only samples in separate batches; as LLaVA-1.5"),

@@ -45,7 +45,7 @@ def parse(place: str, text: bytes, skip_bad: bool = False) -> object:
     try:
         return json.loads(text.strip(BLANK).decode())
     except (ValueError, RecursionError) as error:  # also where it is not UTF-8
-        wanted = "wanted are a list of samples, or one sample on each line"
+        wanted = "wanted are a list of samples, or one sample on each line, unpacked; not a list of files"
         problem = InputError(f"{place} is not valid JSON: {error}; {wanted}")
     if not skip_bad:
         raise problem

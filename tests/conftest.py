@@ -124,8 +124,9 @@ def open_data(path: Path, images: Path, processor, pairs=False, max_len=2048, ca
     from data import LlavaData
     from support.chat import Chat
 
+    files = [*map(str, path)] if isinstance(path, list) else str(path)
     args = SimpleNamespace(
-        data=str(path), images=str(images), max_len=max_len, skip_bad=skip_bad, caption_only=caption_only
+        data=files, images=str(images), max_len=max_len, skip_bad=skip_bad, caption_only=caption_only
     )
     student = SimpleNamespace(
         processor=processor, chat=Chat(processor), n_visual_tokens=NP, vision_tower=True,
@@ -144,6 +145,14 @@ def data_flags(world: Path, **more: object) -> list[str]:
              "global_batch": 8, "micro_batch": 8, "seed": 3} | more
     argv = [item for flag, value in flags.items() for item in (f"--{flag}", str(value))]
     return [*argv, "--no-group_by_modality"]  # so that images and text-only samples meet in a batch
+
+
+def but(argv: list[str], **flags: object) -> list[str]:
+    """The command line with other values of flags that it has."""
+    argv = list(argv)
+    for flag, value in flags.items():
+        argv[argv.index(f"--{flag}") + 1] = str(value)
+    return argv
 
 
 def launch(script: str, argv: list[str], ranks: int = 0, expect: int = 0) -> subprocess.CompletedProcess:

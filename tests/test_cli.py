@@ -7,7 +7,7 @@ import json
 import shutil
 
 import pytest
-from conftest import data_flags, launch, log_of
+from conftest import but, data_flags, launch, log_of
 
 import dft
 import dpt
@@ -95,11 +95,11 @@ def test_a_teacher_with_another_tokenizer(argv, checkpoints, tmp_path):
     student.processor.tokenizer.add_tokens(["scarlet"])
     for model, name in (student, "student"), (teacher, "teacher"):
         model.save(tmp_path / name)
-    flags = ["--student", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher")]
+    flags = ["--teacher", str(tmp_path / "teacher")]
     with pytest.raises(
         InputError, match="'scarlet' is id 373 for the student and 373 for the teacher, where"
     ):
-        dft.main([*argv(), *flags])
+        dft.main([*but(argv(), student=tmp_path / "student"), *flags])
 
 
 def test_a_teacher_with_another_number_of_visual_tokens(argv, tmp_path, parts):

@@ -212,7 +212,7 @@ BAD = {
     "turn 1, has <image>, but": {"conversations": turns("q", "<image>"), "image": "0.png"},
     "2 <image> for 1 images": GOOD | {"conversations": turns("<image> <image>", "ho")},
     "1 <image> for 2 images": GOOD | {"image": ["0.png", "1.png"]},
-    r"has \['video'\]: films cannot be read": {"video": "a.mp4", "conversations": turns("hi", "ho")},
+    r"has \['video'\], which is not read": {"video": "a.mp4", "conversations": turns("hi", "ho")},
     r"it has \['data'\]": {"data": [GOOD]},
     "must be a path": GOOD | {"image": {"a": 1}},
     "leaves the image folder": GOOD | {"image": "../train.json"},

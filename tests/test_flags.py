@@ -56,7 +56,7 @@ SCRIPTS = {"dpt": dpt, "sft": sft, "dft": dft} | dict.fromkeys(("d2d", "d2s", "p
 
 @pytest.mark.parametrize("stage", DEFAULTS)
 def test_defaults_are_the_papers(stage):
-    given = {"student": "s", "data": "d", "out": "o"}
+    given = {"student": "s", "data": ["d"], "out": "o"}
     given |= {} if stage == "sft" else {"teacher": "t"}
     given |= {"step": stage} if stage in ("d2d", "d2s", "pd") else {}
     assert vars(SCRIPTS[stage].parse_args(to_argv(**given))) == DEFAULTS[stage] | given
@@ -254,7 +254,7 @@ def rounds(cascade, rows, kd, pretrain, finetune, every):
     calls = []
     for name, teacher, start in rows:
         out = lambda stage, name=name: f"{cascade.out}/{name}/{stage}"
-        pre, fine = {"data": "p.json"} | pretrain, {"data": "f.json"} | finetune
+        pre, fine = {"data": ["p.json"]} | pretrain, {"data": ["f.json"]} | finetune
         calls += [
             DEFAULTS["dpt"] | kd | start | {"stage": "dpt", "teacher": teacher} | pre,
             DEFAULTS["sft"] | {"stage": "sft", "student": out("dpt")} | fine,

@@ -50,10 +50,11 @@ def mutate(rng: random.Random, names: list[str]) -> object:
         "conversations": turns * rng.choice([1, 1, 2]),
     }
     sample = copy.deepcopy(sample)
+    keys = ["image_path", "Image", "history", "system", "tools", "loss_mask", "messages", "images", "weight"]
     if len(sample["conversations"]) > 2:
         sample["conversations"][2]["value"] = "again ?"
     for _ in range(rng.choice([0, 1, 1, 2])):
-        kind = rng.randrange(7)
+        kind = rng.randrange(9)
         turn = (
             rng.choice(sample["conversations"] or [{}])
             if isinstance(sample.get("conversations"), list)
@@ -71,6 +72,10 @@ def mutate(rng: random.Random, names: list[str]) -> object:
             turn["value"] += rng.choice(TEXTS)
         elif kind == 5:
             sample["image"] = [rng.choice(names) for _ in range(rng.randrange(3))]
+        elif kind == 6:
+            sample[rng.choice(keys)] = rng.choice([*VALUES, "ok.png", [0, 1], [0, 0]])
+        elif kind == 7 and isinstance(turn, dict):
+            turn[rng.choice(["weight", "loss", "train", "mask", *keys])] = rng.choice([*VALUES, 1, False])
         elif isinstance(sample.get("conversations"), list):
             sample["conversations"] = sample["conversations"][: rng.randrange(3)]
         if not sample:
@@ -125,7 +130,7 @@ def fuzz_samples(n: int, root: Path, seed: int) -> str:
             learned = batch.y[i][batch.response[i]].tolist()
             if learned:  # the answers and nothing else, cut where max_len cuts
                 conversations = dataset.sample(int(dataset.usable[i]))[1][0]
-                answers = [m["content"][-1]["text"] for m in conversations if m["role"] == "assistant"]
+                answers = [m["content"][-1]["text"] for m in conversations if m["learned"]]
                 whole = [t for a in answers for t in tokenizer(f" {a}{tokenizer.eos_token}")["input_ids"]]
                 assert learned == whole[: len(learned)], record
             assert not (batch.input_ids[i][1:][batch.response[i][:-1]] == 372).any()

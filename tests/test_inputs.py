@@ -3,8 +3,10 @@
 python -m pytest tests/test_inputs.py
 """
 
+import gzip
 import io
 import json
+import os
 import random
 import struct
 
@@ -18,6 +20,7 @@ import dpt
 import sft
 from data import IGNORE
 from model import Llava
+from support.chat import CHAT_TEMPLATE, Chat, turn
 from support.checks import check_pair, check_sample, load_image
 from support.flags import InputError
 from support.index import Index, records
@@ -49,14 +52,137 @@ def test_one_sample_in_the_forms_of_many_tools(record):
     assert read(record) == read({"image": "a.png", "conversations": MARKED})
 
 
-@pytest.mark.parametrize("none", [{}, {"image": ""}, {"image": None}, {"images": []}])
-def test_text_that_mentions_the_marker_is_text(none, checkpoints):
-    talk = turns("what does <image> mean ?", "<image> marks a picture")
-    messages, images = read(none | {"conversations": talk})
+NO_IMAGE = [{}, {"image": ""}, {"image": None}, {"image": [None]}, {"images": []}]
+
+
+@pytest.mark.parametrize("none", NO_IMAGE)
+def test_an_answer_that_mentions_the_marker_is_text(none, checkpoints):
+    messages, images = read(none | {"conversations": turns("what marks it ?", "<image> marks a picture")})
     assert images == []
     ids, targets = Llava.from_checkpoint(checkpoints["small"]).chat.encode(messages)
     assert 372 not in ids
     assert sum(target != IGNORE for target in targets) > 5
+
+
+ELSEWHERE = ["image_path", "file_name", "image_url", "Image", "img", "media", "Pictures"]
+
+
+@pytest.mark.parametrize("none", [*NO_IMAGE, *({key: "a.png"} for key in ("path", *ELSEWHERE))])
+def test_a_question_whose_picture_is_not_read_is_refused(none):
+    pair = {"question": "<image>what is it ?", "chosen": "a dog", "rejected": "a cat"}
+    for check, record in (check_sample, {"conversations": MARKED}), (check_pair, pair):
+        with pytest.raises(InputError, match="no 'image' is read|but pictures are read from 'image'"):
+            check("s", record | none, "/images", exist=False)
+
+
+@pytest.mark.parametrize("key", ELSEWHERE)
+def test_pictures_under_another_key_are_refused_by_name(key):
+    """Also without a marker, and in a turn; beside pictures that are read, or as a number, they are notes."""
+    with pytest.raises(InputError, match=rf"\['{key}'\], but pictures are read from 'image'"):
+        read({key: ["a.png"], "conversations": TALK})
+    with pytest.raises(InputError, match=f"turn 0, .*'{key}'"):
+        read({"conversations": [TALK[0] | {key: "a.png"}, TALK[1]]})
+    assert read({key: 7, "conversations": TALK})[1] == read({key: None, "conversations": TALK})[1] == []
+    assert read({key: "b.png", "image": "a.png", "conversations": TALK})[1] == ["a.png"]
+    with pytest.raises(InputError, match="turn 0, names a picture; name it under 'image' of the sample"):
+        read({"conversations": [TALK[0] | {"image": "a.png"}, TALK[1]]})
+
+
+@pytest.mark.parametrize("image, why", [
+    ("http://coco.org/a.jpg", "is an address"),
+    ("data:image/png;base64," + "A" * 80_000, "the picture itself"),
+    ({"bytes": "A" * 80_000, "path": None}, "write pictures into files"),
+    ({"<image_00>": "a.png"}, "write pictures into files"),
+])
+def test_pictures_that_are_no_files_are_refused_in_few_words(image, why):
+    with pytest.raises(InputError, match=why) as error:
+        read({"image": image, "conversations": MARKED})
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("record, message", [
+    ({key: ["x"], "conversations": TALK}, rf"sample 0 has \['{key}'\], which is not read: write it into")
+    for key in ("history", "tools", "videos", "audios", "rejected_response")
+] + [
+    ({"conversations": [TALK[0], TALK[1] | {key: "x"}]}, rf"turn 1, has \['{key}'\], which is not read")
+    for key in ("tool_calls", "reasoning_content", "mask")
+] + [
+    ({"messages": turns("q", "a"), "conversations": TALK}, "has 'conversations' and 'messages'; give one"),
+    ({"system": "brief", "conversations": [{"from": "system", "value": "no"}, *TALK]}, "is 'system'"),
+    ({"system": ["be brief"], "conversations": TALK}, "turn 0, needs 'from'"),
+    ({"loss_mask": [1], "conversations": TALK}, "one for each of its 2 turns"),
+    ({"loss_mask": [1, 1], "conversations": TALK}, r"turn 0, is marked \[1\]; read is 0"),
+    ({"conversations": [TALK[0], TALK[1] | {"weight": 0.5}]}, r"turn 1, is marked \[0.5\]"),
+    ({"conversations": [TALK[0], TALK[1] | {"loss": [0]}]}, r"turn 1, is marked \[\[0\]\]"),
+    ({"conversations": [TALK[0], TALK[1] | {"train": False}]}, "answers a human one and is learned"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}]}, "'value' .a string, "),
+])
+def test_what_means_something_is_read_or_refused(record, message):
+    with pytest.raises(InputError, match=message):
+        read(record)
+
+
+def test_notes_are_no_reason_to_stop():
+    notes = {"id": 1, "source": "x", "metadata": {"a": 1}, "system": "", "history": [], "tools": None}
+    assert read(notes | {"conversations": TALK, "messages": TALK}) == read({"conversations": TALK})
+
+
+def test_a_system_prompt_beside_the_turns_is_a_system_turn():
+    first = {"from": "system", "value": "be brief"}
+    assert read({"system": "be brief", "conversations": TALK}) == read({"conversations": [first, *TALK]})
+    pair = {"question": "q", "chosen": "a", "rejected": "b", "system": "be brief"}
+    for talk in check_pair("pair 0", pair, ".").conversations:
+        assert [m["role"] for m in talk] == ["system", "user", "assistant"]
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": False}, "loss_mask"])
+def test_an_answer_that_is_marked_so_is_not_learned(mark, checkpoints, tmp_path):
+    talk = turns("q", "first one", "and ?", "second")
+    record = {"conversations": talk, "loss_mask": [0, 0, 0, 1]}
+    if mark != "loss_mask":
+        record = {"conversations": [talk[0], talk[1] | mark, talk[2], talk[3] | dict.fromkeys(mark, 1)]}
+    (tmp_path / "d.json").write_text(json.dumps([record, {"conversations": talk}]))
+    processor = AutoProcessor.from_pretrained(checkpoints["small"])
+    marked, plain = open_data(tmp_path / "d.json", tmp_path, processor)
+    (ids, y), (all_ids, _) = marked["rows"][0], plain["rows"][0]
+    assert ids == all_ids
+    assert processor.tokenizer.decode([t for t in y if t != IGNORE]) == " second<|endoftext|>"
+    caption = open_data(tmp_path / "d.json", tmp_path, processor, caption_only=True)[0]["rows"][0][0]
+    assert processor.tokenizer.decode(caption) == "second<|endoftext|>"
+    long = talk[2] | {"value": "and " * 200}  # of what stands before it, only the marked answer fits
+    for first, n_too_long in (record["conversations"][1], 1), (talk[1], 0):
+        one = record | {"conversations": [talk[0], first, long, talk[3]]}
+        one = one if n_too_long else {"conversations": one["conversations"]}
+        (tmp_path / "d.json").write_text(json.dumps([one, {"conversations": TALK}]))
+        assert open_data(tmp_path / "d.json", tmp_path, processor, max_len=150).n_too_long == n_too_long
+
+
+def test_several_files_are_one_data_set(world, checkpoints, tmp_path, capsys):
+    """In their order, each named by its own file, with all that is bad in any of them."""
+    samples = [{"id": k, "conversations": turns(f"question {k}", "two")} for k in range(5)]
+    files = [tmp_path / name for name in ("a.json", "b.jsonl", "c.json")]
+    for file, part in zip(files, (samples[:2], samples[2:3], [{"id": 9}, *samples[3:]])):
+        file.write_text("\n".join(map(json.dumps, part)))
+    processor = AutoProcessor.from_pretrained(checkpoints["small"])
+    args = {"images": tmp_path, "processor": processor, "skip_bad": 1}
+    data = open_data(files, **args)
+    assert [data[k]["name"] for k in range(5)] == [
+        f"{tmp_path}/{place} (id {k})" for k, place in
+        enumerate(("a.json line 1", "a.json line 2", "b.jsonl line 1", "c.json line 2", "c.json line 3"))]
+    assert len(data.bad) == 1
+    assert data.bad[0].startswith(f"{tmp_path}/c.json line 1 has no")
+    flags = data_flags(world, out=tmp_path / "out", global_batch=5, micro_batch=5, skip_bad=1, max_steps=1)
+    at = flags.index("--data")
+    sft.main(["--student", checkpoints["small"], *flags[:at + 1], *map(str, files), *flags[at + 2:]])
+    assert "1 steps of 5 of 5 samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--data", "b"], ["--data=b"], ["--no-group_by_modality"]])
+def test_a_flag_given_twice_is_refused(words):
+    given = ["--student", "s", "--out", "o", "--data", "a", "--group_by_modality"]
+    with pytest.raises(InputError, match="^--(data|group_by_modality) is given twice; give it once"):
+        sft.parse_args([*given, *words])
+    assert sft.parse_args([*given[:6], "b"]).data == ["a", "b"]
 
 
 def test_images_without_a_marker_are_counted(world, checkpoints, tmp_path, capsys):
@@ -69,7 +195,7 @@ def test_images_without_a_marker_are_counted(world, checkpoints, tmp_path, capsy
 
 
 def test_two_lists_of_images_must_be_one():
-    with pytest.raises(InputError, match=r"'image' \['a.png'\] and 'images' \['b.png'\]; give one of them"):
+    with pytest.raises(InputError, match=r"'image' and 'images', \[\['a.png'\], \['b.png'\]\]; give one"):
         read({"image": "a.png", "images": ["b.png"], "conversations": MARKED})
 
 
@@ -111,8 +237,22 @@ def test_published_preference_data_are_read():
     talks = {"image": "a.png", "chosen": MARKED, "rejected": turns("<image>\nwhat is it ?", "a cat")}
     a, b = (check_pair("pair 0", r, "/images", exist=False) for r in (strings, talks))
     assert a[:2] == b[:2]
+    as_trl = {"image": "a.png", "prompt": "<image>what is it ?", "chosen": "a dog", "rejected": "a cat"}
+    assert check_pair("pair 0", as_trl, "/images", exist=False)[:2] == a[:2]
+    assert check_pair("pair 0", talks | {"messages": TALK}, "/images", exist=False)[:2] == a[:2]
     with pytest.raises(InputError, match="pair 0, chosen, turn 0, needs 'from'"):
         check_pair("pair 0", {"chosen": "a", "rejected": "b"}, "/images")
+
+
+@pytest.mark.parametrize("record", [
+    {"conversations": TALK[:1], "chosen": TALK[1], "rejected": {"from": "gpt", "value": "a cat"}},
+    {"messages": TALK, "rejected_response": "a cat"},
+    {"conversations": TALK, "rejected_conversations": turns("what is it ?", "a cat")},
+    {"ds_name": "x", "text": '{"question": "q", "chosen": "a", "rejected": "b"}'},
+])
+def test_other_forms_of_pairs_are_told_which_are_read(record):
+    with pytest.raises(InputError, match="no 'chosen' answer .*; wanted is a conversation, or a text that "):
+        check_pair("pair 0", record, ".")
 
 
 def test_pairs_that_are_the_same_within_max_len_are_left_out(checkpoints, tmp_path):
@@ -147,6 +287,11 @@ def test_a_file_that_is_no_list_says_what_it_is(tmp_path):
     path.write_text(json.dumps({"id": 1, "conversations": TALK}, indent=2))
     with pytest.raises(InputError, match="d.json line 1 is not valid JSON: .*; wanted are a list"):
         list(records(path))
+    meta = json.dumps({"a": {"annotation": "a.jsonl"}}, indent=2).encode()
+    for text in meta, b"datasets:\n- json_path: a.json", gzip.compress(json.dumps([TALK]).encode()):
+        path.write_bytes(text)
+        with pytest.raises(InputError, match="line 1 is not valid JSON: .*, unpacked; not a list of files"):
+            list(records(path))
     for text, message in ("", "holds no sample"), ("\n", "holds no sample"), ("hello", "line 1 is not valid"):
         path.write_text(text)
         with pytest.raises(InputError, match=message):
@@ -226,6 +371,15 @@ def test_transparent_ground_is_white(tmp_path):
     assert [seen.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (9, 9, 9)]
 
 
+def test_grey_of_12_bits_and_what_is_no_file_are_refused(tmp_path):
+    with pytest.raises(InputError, match="x.png cannot be read .as if of 12 bits; scale white to 65535"):
+        picture(tmp_path, Image.new("I;16", (2, 2), 4095))
+    assert picture(tmp_path, Image.new("I;16", (2, 2), 0)).getpixel((0, 0)) == (0, 0, 0)
+    os.mkfifo(tmp_path / "pipe.png")  # without a writer it has no end
+    with pytest.raises(InputError, match="pipe.png cannot be read .it is no regular file"):
+        load_image("s", str(tmp_path), "pipe.png")
+
+
 @pytest.mark.parametrize("name", ["x.png", "x.tif"])
 def test_16_bits_of_grey_are_scaled(tmp_path, name):
     image = Image.new("I;16", (3, 1))
@@ -286,6 +440,37 @@ def test_bytes_are_normalised_on_the_device_as_the_processor_would(checkpoints):
 
 
 # ---------------------------------------------------------------------------------- checkpoints
+
+
+def written(checkpoints, template, *talk: tuple[str, str]) -> None:
+    processor = AutoProcessor.from_pretrained(checkpoints["small"])
+    processor.chat_template = template
+    Chat(processor).encode([turn(*message) for message in talk])
+
+
+def test_a_template_that_drops_a_turn_is_refused_when_it_meets_one(checkpoints):
+    drops = CHAT_TEMPLATE.replace("{%- set said", "{%- if message.role != 'system' -%}{%- set said")
+    drops = drops.replace("{%- endif -%}\n{%- endfor", "{%- endif -%}{%- endif -%}\n{%- endfor")
+    asked = ("user", "how red is it ?"), ("assistant", "very")
+    written(checkpoints, drops, *asked, *asked)
+    written(checkpoints, CHAT_TEMPLATE, ("system", "red"), *asked)
+    with pytest.raises(InputError, match=r"leaves out a turn of \['red', 'how red is it \?'\]; take it out"):
+        written(checkpoints, drops, ("system", "red"), *asked)
+
+
+def test_a_template_that_thinks_before_the_last_answer_is_refused_with_its_cause(checkpoints):
+    thinks = CHAT_TEMPLATE.replace("' ' + text", "(' <think></think>' if loop.last else '') + ' ' + text")
+    asked = ("user", "is it red ?"), ("assistant", "yes")
+    with pytest.raises(InputError, match="it writes <think> before the last answer alone.* --template own"):
+        written(checkpoints, thinks, *asked, *asked)
+
+
+def test_a_prompt_that_ends_with_a_blank_and_named_templates_are_refused(checkpoints):
+    blank = CHAT_TEMPLATE.replace("'ASSISTANT:'", "'ASSISTANT: '").replace("' ' + text", "text")
+    with pytest.raises(InputError, match="the prompt ends with a blank: take --template own"):
+        written(checkpoints, blank, ("user", "is it red ?"), ("assistant", "yes"))
+    with pytest.raises(InputError, match="has no chat template, or several; save it with one"):
+        written(checkpoints, {"default": CHAT_TEMPLATE, "tool_use": CHAT_TEMPLATE})
 
 
 def test_an_image_token_of_another_id_is_refused(checkpoints, tmp_path):

@@ -21,10 +21,11 @@ def seen(tmp_path, checkpoints, capsys):
     for k in range(4):
         Image.new("RGB", (20, 30)).save(tmp_path / f"{k}.png")
 
-    def look_at(samples: list | str, *flags: str) -> tuple[int, str]:
+    def look_at(samples: list | str, *flags: str, more: str = "") -> tuple[int, str]:
         text = samples if isinstance(samples, str) else json.dumps(samples)
         (tmp_path / "data.json").write_text(text)
-        argv = [str(tmp_path / "data.json"), "--images", str(tmp_path), "--model", checkpoints["small"]]
+        files = [str(tmp_path / name) for name in ("data.json", more) if name]
+        argv = [*files, "--images", str(tmp_path), "--model", checkpoints["small"]]
         return look.main([*argv, *flags]), capsys.readouterr().out.replace(f"{tmp_path}/", "")
 
     return look_at
@@ -65,6 +66,20 @@ def test_all_that_is_wrong_is_named_and_the_last_line_says_what(seen, tmp_path):
     code, printed = seen([sound, sound | {"image": "broken.png"}], "--decode", "0")
     assert code == 0
     assert "fit to train on: the images of 0 samples were read" in printed
+
+
+def test_what_is_not_read_is_named_in_every_file(seen, tmp_path):
+    sound = {"image": "0.png", "conversations": turns(ASK, "two")}
+    other = {"image_path": "0.png", "conversations": turns("how many ?", "two")}
+    (tmp_path / "more.json").write_text(json.dumps([sound, other, sound | {"history": ["x"]}]))
+    code, printed = seen([sound, sound | {"image": "data:image/png;base64," + "A" * 9_000}], more="more.json")
+    assert code == 1
+    assert "data.json, more.json: 5 samples" in printed
+    assert count(printed, "would stop a run") == 3
+    assert "data.json sample 1: image path 'data:image/png;base64,AAA" in printed
+    assert "more.json sample 1 has ['image_path'], but pictures are read from 'image'" in printed
+    assert "more.json sample 2 has ['history'], which is not read" in printed
+    assert len(printed) < 3_000
 
 
 def test_a_conversation_that_the_tokenizer_cannot_write(seen, monkeypatch):

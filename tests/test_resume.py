@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, data_flags, launch, log_of
+from conftest import ROOT, but, data_flags, launch, log_of
 from safetensors.torch import load_file
 from test_ckd import cascade_flags, stages_of
 
@@ -157,7 +157,7 @@ def test_the_accumulation_may_change(whole, flags, checkpoints, tmp_path, monkey
         stop_at(patch, 6, crash)
         with pytest.raises(CrashError):
             dft.main(argv)
-    dft.main([*argv, "--micro_batch", str(micro)])
+    dft.main(but(argv, micro_batch=micro))
     same_log(whole / "one", tmp_path / "out", rel=1e-3)
 
 
@@ -167,7 +167,7 @@ def test_the_number_of_ranks_may_change(whole, flags, checkpoints, tmp_path, mon
         stop_at(patch, 6, crash)
         with pytest.raises(CrashError):
             dft.main(argv)
-    launch("dft.py", [*argv, "--micro_batch", "2"], ranks=2)
+    launch("dft.py", but(argv, micro_batch=2), ranks=2)
     same_log(whole / "one", tmp_path / "out", rel=1e-3)
 
 
@@ -186,7 +186,7 @@ def test_without_resume_it_starts_again(whole, flags, checkpoints, tmp_path, mon
         with pytest.raises(CrashError):
             dft.main(argv)
     with pytest.raises(InputError, match="different run .*lr: 0.005 there, 0.1 now"):
-        dft.main([*argv, "--lr", "0.1"])
+        dft.main(but(argv, lr=0.1))
     dft.main([*argv, "--no-resume"])
     assert "goes on" not in capsys.readouterr().out
     assert same_weights(whole / "one", tmp_path / "out")
