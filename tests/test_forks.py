@@ -21,7 +21,7 @@ from forked import imports_of, train
 DIFFS = {path.stem: path.read_text() for path in sorted((ROOT / "docs/forks").glob("*.diff"))}
 BUDGET = {"S": 12, "M": 30, "L": 50}  # lines that a fork of this size adds
 FLAGS = {"two_teachers": ["--teacher2"]}  # the forks that have a flag
-ON_TWO_RANKS = "reverse_kl", "entropy", "decoupled"
+ON_TWO_RANKS = "decoupled", "attention", "learned_weights"
 
 
 @pytest.fixture(scope="module")
