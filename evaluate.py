@@ -75,7 +75,7 @@ def generate(model_path: str, questions: list[dict], args: argparse.Namespace, f
         images = [os.path.join(args.images, path) for q in questions for path in q["images"]]
         run = identity(model, processor, prompts, args.max_new_tokens, images=images)
         kept = kept_answers(file, questions, run)
-        answers = json.loads(ranks.gather(json.dumps(kept))[0])  # as rank 0 finds them
+        answers = ranks.gather(kept)[0]  # as rank 0 finds them
         rounds = range(len(answers), len(questions), args.batch * ranks.world_size)  # a batch for every rank
         for start in tqdm(rounds, f"answers of {model_path}", disable=ranks.rank > 0):
             first, said = start + ranks.rank * args.batch, []
@@ -91,7 +91,7 @@ def generate(model_path: str, questions: list[dict], args: argparse.Namespace, f
                 finite.clear()
                 new = tokens[:, inputs["input_ids"].shape[1] :]
                 said = [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
-            said = [text for texts in ranks.gather(json.dumps(said)) for text in json.loads(texts)]
+            said = [text for texts in ranks.gather(said) for text in texts]
             if ranks.rank == 0:
                 add_answers(file, questions[start:], said, model_id=model_path, run=run)
             answers += said

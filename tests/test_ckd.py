@@ -31,6 +31,7 @@ def teachers(tmp_path_factory, checkpoints, tokenizer) -> dict[str, str]:
     other.processor.tokenizer.add_tokens(["zebra"])
     other.save(root / "words")
     patches = Llava.from_checkpoint(checkpoints["large"])
+    patches.processor.image_processor.size = {"height": 32, "width": 32}
     patches.save(root / "patches")
     config = json.loads((root / "patches/config.json").read_text())
     config["vision_config"]["image_size"] = 32
@@ -178,7 +179,7 @@ def test_all_misfits_are_refused_before_the_first_stage(world, parts, checkpoint
     with pytest.raises(InputError) as error:
         ckd.main(cascade_flags(world, parts, tmp_path / "out", *names))
     message = str(error.value)
-    assert "words: teacher and student must share the tokenizer" in message
+    assert "words: student and teacher must share the tokenizer" in message
     assert "'lion' is id 373 for the student and 373 for the teacher, where 373 is 'zebra'" in message
     assert f"patches: an image is {NP} tokens for the student and 16" in message
     assert not (tmp_path / "out").exists()

@@ -279,7 +279,7 @@ def test_chunked_and_plain_give_the_same_training_curve_on_the_toy_world(tmp_pat
 
     write_world(tmp_path, n_train=60, n_test=1)
     data = {"data": f"{tmp_path}/finetune.json", "images": f"{tmp_path}/images", "workers": 0, "epochs": 2,
-            "global_batch": 16, "micro_batch": 8, "max_steps": 12}
+            "global_batch": 16, "micro_batch": 8, "max_steps": 12, "max_len": 128}
     for name in "small", "large":
         dpt.main(
             to_argv(vision=f"{BASE}/siglip", llm=f"{BASE}/qwen-{name}", out=f"{tmp_path}/{name}", **data)
