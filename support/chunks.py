@@ -60,6 +60,7 @@ def over_rows(
     (hidden, head), (t_hidden, t_head) = (pick(student[0]), student[1]), (None, None)
     if teacher:
         t_hidden, t_head = pick(teacher[0]).to(teacher[1].dtype), teacher[1]
+    learned = tuple(x for x in learned if x.requires_grad)
     y, extra, inputs = pick(y), pick(extra), (hidden, head, *learned)
     h, w = hidden.detach(), head.detach().to(hidden.dtype)
     full = torch.promote_types(h.dtype, torch.float32)
@@ -80,7 +81,7 @@ def over_rows(
     for name, part in _chunks(at, limit=max(1, CHUNK * (ON_GPU if head.is_cuda else 1) // len(head))):
         z_s, mine = rows(part)
         loss, terms = objective(**nothing | {name: mine})
-        _require_sum(objective, nothing, name, mine)
+        _require_sum(objective, nothing, name, mine, learned)
         losses.append(loss.detach())
         totals = {name: total + terms[name].detach() for name, total in totals.items()}
         if not loss.requires_grad:
@@ -128,7 +129,8 @@ class _WithGradients(torch.autograd.Function):
         return None, None, *(g if g is None else g.mul_(scale) for g in gradients)
 
 
-def _require_sum(objective: Objective, nothing: dict[str, Rows], kind: str, rows: Rows) -> None:
+def _require_sum(objective: Objective, nothing: dict[str, Rows], kind: str, rows: Rows,
+                 learned: tuple[Tensor, ...]) -> None:
     """Refuse, once for each kind, an objective of a few rows that is not the sum of those of their halves."""
     known = getattr(objective, "__code__", objective), kind
     if known in _sums or len(rows.y) < 2:
@@ -150,19 +152,25 @@ def _require_sum(objective: Objective, nothing: dict[str, Rows], kind: str, rows
         advice = "take no mean, but divide by the rows of the global batch, as 1 / total.response does"
         what = f"{name} of {len(few.y)} {kind} rows is {values}: it must be a sum over rows"
         require(is_sum and none[name] == 0, f"{what}; {advice}")
+    if learned:  # a constant may be 0 by its value alone, as the log of a weight that begins with 1
+        loss = objective(**nothing)[0].sum()
+        gradients = torch.autograd.grad(loss, learned, materialize_grads=True) if loss.requires_grad else ()
+        what = "without any row the objective has a gradient, so it is no sum over rows"
+        advice = "add such a term to over_rows' loss instead, divided by micro-batches and ranks"
+        require(not any(g.any() for g in gradients), f"{what}; {advice}")
     _sums.add(known)
 
 
 def _require_named(loss: Tensor, known: tuple[Tensor, ...]) -> None:
     """Refuse a loss whose graph leads to a tensor that needs a gradient and is not `known`."""
-    seen, nodes = {x.grad_fn for x in known}, [loss.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
+    seen, edges = {(x.grad_fn, x.output_nr) for x in known}, [(loss.grad_fn, loss.output_nr)]
+    while edges:
+        edge = edges.pop()
+        if edge[0] is None or edge in seen:
             continue
-        seen.add(node)
-        nodes += [function for function, _ in node.next_functions]
-        leaf = getattr(node, "variable", known[0])
+        seen.add(edge)
+        edges += edge[0].next_functions
+        leaf = getattr(edge[0], "variable", known[0])
         lost = f"the objective learns a tensor of shape {tuple(leaf.shape)}, which would get no gradient"
         advice = "name it in over_rows(..., learned=(it,)), or detach it"
         require(any(leaf is x for x in known), f"{lost}: {advice}")

@@ -21,7 +21,7 @@ from support.ranks import STOPPED, Ranks
 from support.run import Run
 
 PARTS = "vision_tower", "language_model", "multi_modal_projector", "lm_head"  # of a Llava
-ATTRIBUTES = "training", "config", "processor", "chat"  # that it has besides: none of them changes
+ATTRIBUTES = *vars(nn.Module()), "config", "processor", "chat"  # that it has besides: none of them changes
 
 
 def make_optimizer(run: Run, trained: list[nn.Parameter], betas: tuple = (0.9, 0.999)) -> Optimizer:
@@ -47,16 +47,16 @@ def set_lr(optimizer: Optimizer, step: int, steps: int, peak: float, warmup: flo
 
 
 def kept(student: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
-    """The student's tensors that a state holds: the trained ones, and all that are in none of its parts."""
-    tensors = dict(student.named_parameters()) | dict(student.named_buffers())
-    mine = {k: x for k, x in tensors.items() if x.requires_grad or k.split(".")[0] not in PARTS}
+    """The student's tensors that a state holds: all but the frozen weights of its four parts."""
+    mine = {k: p for k, p in student.named_parameters() if p.requires_grad or k.split(".")[0] not in PARTS}
+    mine |= dict(student.named_buffers())
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
     idle = [name for name, p in mine.items() if p.requires_grad and id(p) not in updated][:3]
     foreign = len(updated - {id(p) for p in mine.values()})
     advice = "before `trained` is listed, hang what is learned on it (student.adapter = nn.Linear(8, 8))"
     require(not idle, f"the optimizer lacks the student's {idle}: {advice}, or set requires_grad_(False)")
     require(not foreign, f"{foreign} tensors in the optimizer are not the student's, so not saved: {advice}")
-    loose = [name for name in vars(student) if name[0] != "_" and name not in ATTRIBUTES]
+    loose = [name for name in vars(student) if name not in ATTRIBUTES]
     advice = "make it a module, an nn.Parameter, or a buffer by register_buffer(name, torch.tensor(value))"
     require(not loose, f"the student's {loose} would not survive an interruption: {advice}")
     return mine

@@ -91,6 +91,24 @@ def test_what_would_get_no_gradient_is_refused():
         case.chunked(case.loss, extra=case.extra * case.log_tau)
 
 
+def test_one_of_two_that_are_made_together_must_be_named_too():
+    case = Case()
+    inner, tau = torch.stack([case.log_tau, case.tau]).unbind()
+    with pytest.raises(InputError, match="would get no gradient"):
+        case.chunked(lambda a, b: case.loss(a, b, tau, inner), extra=case.extra, learned=(inner,))
+
+
+def test_a_constant_that_is_learned_is_refused_also_where_it_is_0():
+    """Once per chunk its gradient would count; as the log of a weight that begins with 1."""
+    case, s = Case(), torch.zeros((), dtype=torch.float64, requires_grad=True)
+    weighed = lambda a, b: ((-s).exp() * case.loss(a, b)[0], {})
+    with pytest.raises(InputError, match="without any row the objective has a gradient"):
+        case.chunked(lambda a, b: (weighed(a, b)[0] + s, {}), extra=case.extra, learned=(s,))
+    loss = case.chunked(weighed, extra=case.extra, learned=(s,))
+    assert torch.autograd.grad(loss, s)[0].item() == pytest.approx(-loss.item(), rel=1e-10)
+    assert case.chunked(weighed, extra=case.extra, learned=(s.requires_grad_(False),)) == loss  # now frozen
+
+
 # ------------------------------------------------------------------------- what hangs on the student
 
 
@@ -114,6 +132,7 @@ def test_what_hangs_on_the_student_survives_an_interruption(world, checkpoints, 
         student.adapter = nn.Linear(16, 16)
         student.slow = nn.Parameter(student.adapter.weight.detach().clone(), requires_grad=False)
         student.register_buffer("average", torch.zeros(()))
+        student.lm_head.register_buffer("steps", torch.zeros(()))
 
     students, crash = hang(monkeypatch, parts), [4]
 
@@ -125,6 +144,7 @@ def test_what_hangs_on_the_student_survives_an_interruption(world, checkpoints, 
         if step in crash:
             raise KeyboardInterrupt(crash.pop())
         students[-1].average.lerp_(logged[0]["loss"].detach(), 0.1)
+        students[-1].lm_head.steps += 1
         students[-1].slow.data.lerp_(students[-1].adapter.weight.data, 0.5)
         run.write_log(a_run, step, lr, logged, *more)
 
@@ -140,6 +160,7 @@ def test_what_hangs_on_the_student_survives_an_interruption(world, checkpoints, 
     assert {"adapter.bias", "slow", "average"} < a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert a["average"] > 0.1
+    assert a["lm_head.steps"] == 6
     one, two = ([line | {"tokens_per_s": 0} for line in log_of(tmp_path / name)] for name in ("one", "two"))
     assert one == two
     saved = load_file(tmp_path / "two" / "model.safetensors")
@@ -157,6 +178,8 @@ MISTAKES = {  # when they are made: the student is loaded, or what is trained is
                "student.*seen.* would not survive an interruption: .* a buffer by register_buffer"),
     "tensor": ("loaded", lambda student, trained: setattr(student, "seen", torch.ones(1)),
                "student.*seen.* would not survive an interruption"),
+    "private": ("loaded", lambda student, trained: setattr(student, "_seen", torch.ones(1)),
+                "student.*_seen.* would not survive an interruption"),
     "attention": ("loaded", lambda student, trained: attend_otherwise(student),
                   r"attend by eager .*sdpa.* not causal.*set_attn_implementation\('eager'\)"),
     "late": ("listed", lambda student, trained: setattr(student, "adapter", nn.Linear(2, 2)),
