@@ -130,16 +130,16 @@ def states(folder: Path) -> list[Path]:
 
 def newest_sound(folder: Path, ranks: Ranks) -> Path | None:
     """The newest state that is as it was written, the same one on every rank."""
-    sound = None
+    sound = ""
     for path in states(folder) if ranks.rank == 0 else []:
         if is_sound(path):
-            sound = path
+            sound = path.name
             break
         print(f"warning: {path} is damaged, the state before it is used", file=sys.stderr, flush=True)
     sound = ranks.gather(sound)[0]
-    lost = sound and not sound.exists()
-    require(not lost, f"rank {ranks.rank} does not see {sound}: nodes must share --out")
-    return sound
+    lost = sound and not (folder / sound).exists()
+    require(not lost, f"rank {ranks.rank} does not see {folder / sound}: nodes must share --out")
+    return folder / sound if sound else None
 
 
 def is_sound(path: Path) -> bool:
