@@ -1,6 +1,6 @@
 """What docs/ computes is what lab.plan computes, and its snippets of Python do what the page says.
 
-Of the table of docs/launch.md four cells are computed again, on all three machines: a cell takes about a second.
+Of the table of docs/launch.md four cells are computed again, on all three machines: each takes a second.
 
 python -m pytest tests/test_docs.py
 """
