@@ -25,7 +25,7 @@ from support.checkpoints import check_positions
 from support.checks import check_pair, check_sample, load_image
 from support.flags import InputError, require
 from support.index import Index
-from support.ranks import Ranks, ignore_signals
+from support.ranks import Ranks, start_data_process
 from support.run import Run
 
 
@@ -219,10 +219,14 @@ def micro_batches(data: LlavaData, steps: list, first: int, run: Run) -> Iterato
     size, ranks = run.args.micro_batch, run.ranks
     mine = [batch[k + ranks.rank * size :][:size] for batch in steps[first:]
             for k in range(0, len(batch), size * ranks.world_size)]
-    loader = iter(DataLoader(
-        data, batch_sampler=mine, collate_fn=data.collate, pin_memory=ranks.device.type == "cuda",
-        num_workers=run.args.workers, worker_init_fn=ignore_signals, generator=torch.Generator(),
-    ))
+    try:
+        loader = iter(DataLoader(
+            data, batch_sampler=mine, collate_fn=data.collate, pin_memory=ranks.device.type == "cuda",
+            num_workers=run.args.workers, worker_init_fn=start_data_process, generator=torch.Generator(),
+        ))
+    except OSError as error:
+        advice = "each takes memory and a little of /dev/shm; --workers 0 does without"
+        raise InputError(f"cannot start {run.args.workers} data processes: {error}; {advice}") from None
     for step in range(first, len(steps)):
         yield step, [next(loader) for _ in range(0, run.args.global_batch, size * ranks.world_size)]
 

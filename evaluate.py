@@ -31,7 +31,7 @@ from support.flags import REQUIRED, add_flags, cli, natural, new_parser, positiv
 from support.metrics import METRICS, read_vocabulary
 from support.questions import add_answers, identity, kept_answers, read_questions
 from support.ranks import process_group
-from support.run import precision
+from support.run import best_dtype, precision
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -60,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def generate(model_path: str, questions: list[dict], args: argparse.Namespace, file: Path) -> list[str]:
     """The model's greedy answers: those that `file` has, and the others, which are added to it."""
     with process_group() as ranks:
-        dtype = precision(args.dtype, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
+        dtype = precision(args.dtype, best_dtype(ranks.device))
         model, processor = load_stock(model_path, dtype)
         model.to(ranks.device).eval()
         chat, tokenizer, suffix = Chat(processor), processor.tokenizer, args.suffix.replace("\\n", "\n")

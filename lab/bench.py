@@ -33,7 +33,7 @@ from support.checkpoints import load_stock
 from support import chunks
 from support.chunks import gram, over_rows
 from support.flags import add_flags, cli, new_parser, positive, require
-from support.run import precision
+from support.run import best_dtype, precision
 
 N_VISUAL, N_TEXT, V = 729, 100, 151_936  # SigLIP-384's patches, KD §4.1's response tokens, Qwen1.5's ids
 D_S, D_T, GAMMA = 1024, 2560, 0.5  # widths of Qwen1.5-0.5B and 4B; KD's weight of the relation loss
@@ -161,7 +161,7 @@ def bench_losses(repeats: int) -> Iterator[dict]:
 
 def infer(path: str, repeats: int, n_new: int = 64) -> dict:
     """One image, one question and `n_new` tokens of an answer, by the stock model, as others run it."""
-    base, dtype = memory(), torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    base, dtype = memory(), best_dtype(torch.device(DEVICE))
     model, processor = load_stock(path, dtype)
     model, size = model.to(DEVICE).eval(), model.config.vision_config.image_size
     model.generation_config = greedy(model, processor.tokenizer)

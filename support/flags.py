@@ -134,9 +134,9 @@ def add_training_flags(parser: argparse.ArgumentParser, lr: float, batch: int, e
     ])
     add_flags(parser, "the run", [
         ("--out", str, REQUIRED, "folder for the checkpoint and log.jsonl"),
-        ("--save_every", natural, 1000, "steps between training states in OUT/state, 0: only on a signal"),
+        ("--save_every", natural, 1000, "steps between training states in OUT/state, 0: the last alone"),
         ("--keep", positive, 2, "training states to keep"),
-        ("--resume", bool, None, "default: an interrupted run in OUT goes on if its code is unchanged; "
-         "--resume: even if its code has changed; --no-resume: the run starts again"),
+        ("--resume", bool, None, "default: an interrupted run in OUT goes on if its code and inputs are the "
+         "same; --resume: even if they have changed; --no-resume: the run starts again"),
         ("--max_bad_steps", natural, 0, "leave out up to so many steps whose loss or gradient is not finite"),
     ])

@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 
 from support.flags import InputError, require
+from support.run import fingerprint
 
 BLANK = b"\xef\xbb\xbf \t\r\n"  # a byte order mark is no data
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "multimodal-distillation"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "multimodal-distillation"
 
 
 def records(path: str | Path, skip_bad: bool = False) -> Iterator[tuple[str, object]]:
@@ -63,11 +64,13 @@ class Index:
     def __init__(self, path: str, checks: str, width: int, measure: Callable[[str, object], tuple[int, ...]],
                  skip_bad: bool = False):
         self.path, self.skip_bad = path, skip_bad
+        require(CACHE.parts[0] != "~", f"no home for an index of {path}: set XDG_CACHE_HOME to a folder")
+        first = not dist.is_initialized() or int(os.environ.get("LOCAL_RANK", 0)) == 0  # on this machine
         try:
-            real, status = Path(path).resolve(), os.stat(path)
-            key = json.dumps([4, str(real), status.st_size, status.st_mtime_ns, checks, skip_bad])
+            real, edited = Path(path).resolve(), os.stat(path).st_mtime_ns
+            key = json.dumps([5, str(real), fingerprint(path), edited, checks, skip_bad])
             self.place = CACHE / f"{real.name}.{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-            if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not self.place.exists():
+            if first and not self.place.exists():
                 self._make(measure)
         except OSError as error:
             index = f"an index of it in {CACHE}, for which XDG_CACHE_HOME may name a folder with room"

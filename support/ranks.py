@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from multiprocessing.reduction import ForkingPickler
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,10 @@ from support.flags import require
 
 STOPPED = 75  # exit code after a signal: what was done is on the disk, the same command goes on
 PATIENCE = timedelta(hours=6)  # rank 0 may work that long while others wait: an index, a state on a slow disk
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP  # that schedulers and terminals send
+TORCHRUN = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"  # what it tells each process
+# What others say of how many processes they have started: srun, and mpirun of three makes.
+COUNTS = "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"
 
 
 class Ranks:
@@ -28,7 +33,8 @@ class Ranks:
 
     def __init__(self, device: torch.device):
         self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
-        self._ddp, self._handlers, self._signals = None, {}, []
+        self.at_end = contextlib.ExitStack()  # what is given back when the run ends, the last thing first
+        self._ddp, self._signals = None, []
 
     def sum(self, numbers: Tensor) -> Tensor:
         """The sum of all ranks' tensors, also written into the given one."""
@@ -51,6 +57,7 @@ class Ranks:
         """
         if self.world_size == 1:
             return student
+        self.at_end.callback(setattr, self, "_ddp", None)
         self._ddp = DistributedDataParallel(student, forward_sync_buffers=False, gradient_as_bucket_view=True)
         return lambda *inputs, **options: self._ddp(*inputs, **options)
 
@@ -59,49 +66,61 @@ class Ranks:
         return contextlib.nullcontext() if now or self._ddp is None else self._ddp.no_sync()
 
     def catch_signals(self) -> None:
-        """From here on SIGTERM and SIGINT do not end the process, but are what `stop_was_asked` asks for."""
+        """From here on SIGNALS do not end the process, but are what `stop_was_asked` asks for. One that is
+        ignored stays so: `nohup` means it.
+        """
         if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-            for number in signal.SIGTERM, signal.SIGINT:
-                self._handlers[number] = signal.signal(number, lambda *caught: self._signals.append(caught))
+            for number in SIGNALS:
+                if (before := signal.getsignal(number)) != signal.SIG_IGN:
+                    signal.signal(number, lambda *caught: self._signals.append(caught))
+                    self.at_end.callback(signal.signal, number, before)
 
     def stop_was_asked(self) -> bool:
         """Whether any rank has caught a signal; the same answer on every rank."""
         return bool(self.sum(torch.tensor(float(len(self._signals)), device=self.device)))
 
-    def let_go(self) -> None:
-        """Free the DDP wrapper and give the signals back to whoever had them."""
-        self._ddp = None
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+
+def place() -> tuple[int, int, int]:
+    """(rank, number of ranks, rank on this machine), as torchrun says; (0, 1, 0) where nobody does."""
+    given = [os.environ.get(name, "") for name in TORCHRUN]
+    if not any(given[:3]):
+        counts = [f"{name}={os.environ[name]}" for name in COUNTS if os.environ.get(name, "1") != "1"]
+        alone = f"{', '.join(counts)}: each of these processes would be a run of its own; start one a node"
+        require(not counts, f"{alone}, which starts the others: srun --ntasks-per-node 1 torchrun ...")
+        return 0, 1, 0
+    whole = all(given) and all(map(str.isdigit, given[:3])) and int(given[0]) < int(given[1])
+    said = " ".join(f"{name}={value}" for name, value in zip(TORCHRUN, given))
+    advice = "start by torchrun, or `unset RANK WORLD_SIZE LOCAL_RANK`"
+    require(whole, f"torchrun does not set such an environment: {said}; {advice}")
+    return int(given[0]), int(given[1]), int(given[2])
 
 
 @contextlib.contextmanager
 def process_group() -> Iterator[Ranks]:
     """torchrun's processes, or a group of one. Inside another `process_group`, the same group again."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    alone = f"each of Slurm's {tasks} tasks would be a run of its own; start one a node:"
-    require("RANK" in os.environ or tasks == "1", f"{alone} srun --ntasks-per-node 1 torchrun ...")
+    rank, world, local = place()
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
-        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
+        n, device, backend = torch.cuda.device_count(), torch.device("cuda", local), "nccl"
+        few = f"rank {rank} wants GPU {local}, counted from 0, but this machine has {n}"
+        require(local < n, f"{few}: start {n} or fewer ranks on it, torchrun --nproc_per_node {n}")
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums over V stay fp32
     outermost, store = not dist.is_initialized(), dist.HashStore()  # the store of a group of one
     if outermost:
-        if "RANK" in os.environ:
+        if world > 1:
             shared = next(rendezvous("env://", timeout=PATIENCE))[0]
             store = dist.PrefixStore(name_of_attempt(shared, rank, world), shared)
         options = {"timeout": PATIENCE, "device_id": device if device.type == "cuda" else None}
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, **options)
     ranks = Ranks(device)
     try:
-        yield ranks
+        with ranks.at_end:
+            yield ranks
     except Exception:
         outermost = outermost and world == 1  # after an error other ranks may never answer
         raise
     finally:
-        ranks.let_go()
         if outermost:
             dist.destroy_process_group()
 
@@ -122,10 +141,13 @@ def name_of_attempt(store: dist.Store, rank: int, world: int) -> str:
         time.sleep(0.005)
 
 
-def ignore_signals(_: int) -> None:
-    """In a data process: a signal to the whole group is for the training process, which ends its step."""
-    for number in signal.SIGINT, signal.SIGTERM:
+def start_data_process(_: int) -> None:
+    """Ignore signals to the whole group: they are for the training process, which ends its step. Send batches
+    by value: in shared memory there may be no room (Docker: 64 MB), and who waits for them is not told.
+    """
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    ForkingPickler.register(Tensor, lambda x: (torch.from_numpy, (x.numpy(),)))
 
 
 @atexit.register

@@ -1,6 +1,8 @@
 """A run and its folder OUT: whose the folder is, the log in it, the student that is left there at the end."""
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -9,13 +11,14 @@ import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import TextIO
 
 import torch
-import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,6 +28,7 @@ from support.ranks import STOPPED, Ranks
 ROOT = Path(__file__).resolve().parent.parent
 # Flags that may change when an interrupted run goes on: they are about its speed and safety.
 FREE = "out workers micro_batch gradient_checkpointing shard save_every keep resume skip_bad max_bad_steps"
+INPUTS = "student", "teacher", "vision", "llm", "data"  # flags that name files and folders that a run reads
 
 
 @dataclass
@@ -34,7 +38,7 @@ class Run:
     args: argparse.Namespace
     ranks: Ranks
     out: Path
-    identity: dict  # stage, flags and code: what makes it this run
+    identity: dict  # stage, flags, and hashes of code and inputs: what makes it this run
     dtype: torch.dtype  # precision of the arithmetic
     teacher_dtype: torch.dtype  # of the teacher's weights
     finished: bool  # whether OUT holds this very run, finished
@@ -59,25 +63,87 @@ def precision(name: str, auto: torch.dtype) -> torch.dtype:
     return {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
+def best_dtype(device: torch.device) -> torch.dtype:
+    """What --dtype auto is: bf16 on a GPU that computes in it, and does not only imitate it."""
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if able else torch.float32
+
+
 def code_of(script: str | Path) -> dict[str, str]:
-    """The files of this project that a script consists of, each with a hash of its text."""
-    finder = ModuleFinder(path=[str(ROOT)])
+    """The files of this project and of the script's folder that it consists of, each with a hash."""
+    finder = ModuleFinder(path=[str(Path(script).resolve().parent), str(ROOT)])
     finder.run_script(str(script))
     files = sorted(Path(m.__file__).resolve() for m in finder.modules.values() if m.__file__)
-    return {str(f.relative_to(ROOT)): hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files}
+    return {os.path.relpath(f, ROOT): hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files}
+
+
+def fingerprint(path: str) -> str:
+    """A hash of what a file or a checkpoint's folder holds, "" if there is nothing: of names, sizes, and 64
+    blocks of each file, spread evenly. Of a file below 16 MiB that is all; in a larger one an edit between
+    the blocks that keeps the size is not seen. Times are not looked at: a copy has its own.
+    """
+    notes, digest, block = ("run.json", "log.jsonl"), hashlib.sha256(), 2**18  # notes: not of the model
+    files = [f for f in (Path(path), *Path(path).glob("[!.]*")) if f.is_file() and os.access(f, os.R_OK)]
+    for file in sorted(f for f in files if f.name not in notes):
+        with open(file, "rb") as data:
+            size = data.seek(0, os.SEEK_END)
+            digest.update(f"{file.name} {size} ".encode())
+            for start in sorted({max(size - block, 0) * k // 63 for k in range(64)}):
+                data.seek(start)
+                digest.update(data.read(block))
+    return digest.hexdigest()[:16] if files else ""
+
+
+def inputs_of(args: argparse.Namespace) -> dict[str, str]:
+    """The files and folders that a run reads, each with its fingerprint; a name on the hub has none."""
+    given = {flag: getattr(args, flag, None) or [] for flag in INPUTS}
+    named = [(k, path) for k, v in given.items() for path in ([v] if isinstance(v, str) else v)]
+    return {f"--{k} {path}": mark for k, path in named if (mark := fingerprint(path))}
+
+
+@contextlib.contextmanager
+def writing(what: object, *half: Path) -> Iterator[None]:
+    """An error while `what` is written becomes one sentence; what is there of it in `half` is removed."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's own
+        for path in half:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        raise InputError(f"cannot write {what}: {error}; mend that, then the same command goes on") from None
+
+
+def own(out: Path, at_end: contextlib.ExitStack) -> None:
+    """Make a folder this process's alone, until `at_end` or its death; if new and empty then, it goes."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    at_end.callback(lambda: [f.rmdir() for f in made if f.is_dir() and not any(f.iterdir())])
+    require(out.is_dir() or not os.path.lexists(out), f"--out {out} is a file or leads nowhere; take another")
+    with writing(f"--out {out}"):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = at_end.enter_context(open(out / ".lock", "w"))
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not data processes' as well
+            free = os.fstat(lock.fileno()).st_nlink  # 0: whoever had it has just removed it
+        except BlockingIOError:
+            free = False
+    require(free, f"--out {out} is in use by another run; wait for its end or take another folder")
+    at_end.callback((out / ".lock").unlink, missing_ok=True)
 
 
 def open_run(args: argparse.Namespace, stage: str, ranks: Ranks, script: str) -> Run:
-    """The run that `args` ask for. Looks into OUT and changes nothing there."""
+    """The run that `args` ask for. OUT is its alone from here on; nothing in it is changed yet."""
     at_once = args.micro_batch * ranks.world_size
     parts = f"multiple of --micro_batch {args.micro_batch} x {ranks.world_size} ranks = {at_once}"
     require(args.global_batch % at_once == 0, f"--global_batch {args.global_batch} is not a {parts}")
-    flags = {k: v for k, v in vars(args).items() if k not in FREE.split()}
-    identity = json.loads(json.dumps({"stage": stage} | flags | {"code": code_of(script)}))
-    dtype = precision(args.dtype, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
+    out, judged = Path(args.out), None
+    if ranks.rank == 0:
+        own(out, ranks.at_end)
+        flags = {k: v for k, v in vars(args).items() if k not in FREE.split()}
+        identity = {"stage": stage} | flags | {"files": code_of(script) | inputs_of(args)}
+        judged = identity, is_finished(out, json.loads(json.dumps(identity)), args.resume)
+    identity, finished = ranks.gather(judged)[0]
+    dtype = precision(args.dtype, best_dtype(ranks.device))
     teacher_dtype = precision(getattr(args, "teacher_dtype", "auto"), dtype)
-    finished = is_finished(Path(args.out), identity, args.resume)
-    run = Run(args, ranks, Path(args.out), identity, dtype, teacher_dtype, finished)
+    run = Run(args, ranks, out, identity, dtype, teacher_dtype, finished)
     if finished:
         run.say(f"{run.out}: this run is finished already")
     return run
@@ -86,37 +152,37 @@ def open_run(args: argparse.Namespace, stage: str, ranks: Ranks, script: str) ->
 def is_finished(out: Path, now: dict, resume: bool | None) -> bool:
     """Whether `out` holds the run `now`, finished; an InputError if it holds anything but this run."""
     if not (out / "run.json").exists():
-        empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+        empty = {".lock", ".run.json"}.issuperset(os.listdir(out))
         require(empty, f"--out {out} is no empty folder and holds no run of ours; take another folder")
         return False
     try:
-        there = {"code": {}, "seconds": None} | json.loads((out / "run.json").read_text())
-    except (ValueError, TypeError):
+        there = {"files": {}, "seconds": None} | json.loads((out / "run.json").read_text())
+    except (OSError, ValueError, TypeError):
         raise InputError(f"{out}/run.json cannot be read; delete {out} or take another folder") from None
-    finished, old = there.pop("seconds") is not None, there.pop("code")
+    finished, old, new = there.pop("seconds") is not None, there.pop("files"), now["files"]
     differ = [f"{k}: {there.get(k)!r} there, {now.get(k)!r} now"
-              for k in sorted(there.keys() | now.keys() - {"code"}) if there.get(k) != now.get(k)]
+              for k in sorted(there.keys() | now.keys() - {"files"}) if there.get(k) != now.get(k)]
     require(not differ, f"--out {out} holds a different run ({'; '.join(differ)}); take another or delete it")
-    changed = ", ".join(sorted(dict(old.items() ^ now["code"].items())))
+    both = old.keys() & new.keys()  # what was read may be gone, when it is not needed any more
+    changed = [k for k in sorted(dict(old.items() ^ new.items())) if k in both or not k.startswith("--")]
     kind = "a finished" if finished else "an interrupted"
     advice = "Accept that by --resume, or train again from the start by --no-resume"
-    refused = f"--out {out} holds {kind} run of other code; since then {changed} changed. {advice}"
+    refused = f"--out {out} holds {kind} run; since then {', '.join(changed)} changed. {advice}"
     require(not changed or resume is not None, refused)
     return finished and resume is not False
 
 
 def start_run(run: Run, student: nn.Module, data, n_steps: int, first: int) -> None:
-    """Take OUT for this run, of which `first` steps are done; say what is trained; show a bar."""
+    """Begin to write into OUT; `first` steps are done already. Say what is trained, and show a bar."""
     args, ranks, stage = run.args, run.ranks, run.identity["stage"]
-    dist.barrier()  # every rank has looked into the folder before one writes
     if ranks.rank == 0:
-        if not first:
-            shutil.rmtree(run.out / "state", ignore_errors=True)
-        run.out.mkdir(parents=True, exist_ok=True)
-        log = run.out / "log.jsonl"
-        log.touch()
-        log.write_text("".join(log.read_text().splitlines(keepends=True)[:first]))
-        write_identity(run, seconds=None)
+        with writing(run.out):
+            if not first:
+                shutil.rmtree(run.out / "state", ignore_errors=True)
+            write_identity(run, seconds=None)
+            log = run.out / "log.jsonl"
+            log.touch()
+            log.write_text("".join(log.read_text().splitlines(keepends=True)[:first]))
     check_samples(run, [data], len(data.bad))
     where = f"{args.micro_batch} at a time on {ranks.world_size} {ranks.device.type} rank(s), {run.dtype}"
     run.say(f"{stage}: {n_steps} steps of {args.global_batch} of {len(data)} samples, {where}")
@@ -179,7 +245,7 @@ def write_log(run: Run, step: int, lr: float, losses: list, grad_norm: Tensor, t
     if run.ranks.rank == 0:
         line = {"step": step, "lr": lr, "tokens_per_s": speed} | terms | {"grad_norm": grad_norm.item()}
         line = {k: v if math.isfinite(v) else None for k, v in line.items()}  # JSON has no NaN
-        with open(run.out / "log.jsonl", "a") as file:
+        with writing(f"{run.out}/log.jsonl"), open(run.out / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         run.bar.set_postfix({k: f"{v:.3f}" for k, v in terms.items()}, refresh=False)
         run.bar.update()
@@ -191,11 +257,12 @@ def save_student(run: Run, student: nn.Module) -> None:
     if run.ranks.rank == 0:
         beside = run.out / ".saving"  # nobody may find half of a model
         shutil.rmtree(beside, ignore_errors=True)
-        student.save(beside)
-        for file in beside.iterdir():
-            os.replace(file, run.out / file.name)
-        beside.rmdir()
-        write_identity(run, seconds=round(time.perf_counter() - run.started, 1))
+        with writing(run.out, beside):
+            student.save(beside)
+            for file in beside.iterdir():
+                os.replace(file, run.out / file.name)
+            beside.rmdir()
+            write_identity(run, seconds=round(time.perf_counter() - run.started, 1))
         shutil.rmtree(run.out / "state", ignore_errors=True)
         run.say(f"saved {run.out}" + (f"; {len(run.bad)} bad samples left out" if run.bad else ""))
     if run.ranks.stop_was_asked():  # in the last step or since; more stages may follow

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from support.flags import InputError, require
+from support.flags import require
 from support.ranks import STOPPED, Ranks
-from support.run import Run
+from support.run import Run, writing
 
 PARTS = "vision_tower", "language_model", "multi_modal_projector", "lm_head"  # of a Llava
 ATTRIBUTES = *vars(nn.Module()), "config", "processor", "chat"  # that it has besides: none of them changes
@@ -31,8 +31,7 @@ def make_optimizer(run: Run, trained: list[nn.Parameter], betas: tuple = (0.9, 0
         return AdamW(trained, **options, fused=True)
     from torch.distributed.optim import ZeroRedundancyOptimizer as Sharded  # takes a second to import
 
-    # Inside it, the fused AdamW may fail to load its state on CUDA (pytorch #124133).
-    return Sharded(trained, AdamW, **options, fused=run.ranks.device.type != "cuda")
+    return Sharded(trained, AdamW, **options, fused=True)
 
 
 def set_lr(optimizer: Optimizer, step: int, steps: int, peak: float, warmup: float) -> float:
@@ -59,6 +58,8 @@ def kept(student: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
     loose = [name for name in vars(student) if name not in ATTRIBUTES]
     advice = "make it a module, an nn.Parameter, or a buffer by register_buffer(name, torch.tensor(value))"
     require(not loose, f"the student's {loose} would not survive an interruption: {advice}")
+    broken = [name for name, x in mine.items() if not x.isfinite().all()][:3]
+    require(not broken, f"the student's {broken} are not finite, so not saved: a lower --lr may help")
     return mine
 
 
@@ -74,23 +75,24 @@ def load_state(run: Run, student: nn.Module, optimizer: Optimizer) -> int:
     with torch.no_grad():
         for name, x in mine.items():
             x.copy_(state["student"][name])
-    for saved, group in zip(state["optimizer"]["param_groups"], optimizer.param_groups):
-        saved["fused"] = group["fused"]  # this run's: device and --shard may have changed
     optimizer.load_state_dict(state["optimizer"])
     if run.args.shard == "optimizer":
         optimizer.state.clear()  # a second copy: it works with optimizer.optim.state
+        for moments in optimizer.optim.state.values():  # it loads the count of steps onto the CPU
+            moments["step"] = moments["step"].to(run.ranks.device)
     run.bad, run.n_bad_steps = set(state["bad"]), state["n_bad_steps"]
     return state["step"]
 
 
 def save_state_if_due(run: Run, step: int, student: nn.Module, optimizer: Optimizer) -> None:
-    """Save the state after `step` if --save_every asks for it and there are more steps."""
-    if run.args.save_every and (step + 1) % run.args.save_every == 0 and step + 1 < run.bar.total:
+    """Save the state after `step` if --save_every asks for it, or the last: the checkpoint may not fit."""
+    every = run.args.save_every
+    if step + 1 == run.bar.total or (every and (step + 1) % every == 0):
         save_state(run, step + 1, student, optimizer)
 
 
 def stop_if_asked(run: Run, step: int, student: nn.Module, optimizer: Optimizer) -> None:
-    """After SIGTERM or SIGINT: save the state after `step`, say how to go on, and end the process."""
+    """After a signal: save the state after `step`, say how to go on, and end the process."""
     if run.ranks.stop_was_asked() and step + 1 < run.bar.total:
         save_state(run, step + 1, student, optimizer)
         run.bar.close()
@@ -99,27 +101,28 @@ def stop_if_asked(run: Run, step: int, student: nn.Module, optimizer: Optimizer)
 
 
 def save_state(run: Run, done: int, student: nn.Module, optimizer: Optimizer) -> None:
-    """Write the state after `done` steps, on rank 0, and remove all but the newest --keep."""
+    """Write the state after `done` steps, on rank 0. The newest --keep stay; others make room beforehand."""
     folder, beside = run.out / "state", run.out / "state" / ".writing"
     mine = {name: x.detach() for name, x in kept(student, optimizer).items()}
     if run.args.shard == "optimizer":
         optimizer.consolidate_state_dict()  # on rank 0: what is saved is a plain AdamW's
-    try:
-        if run.ranks.rank == 0:
-            state = {"step": done, "student": mine, "optimizer": optimizer.state_dict(),
-                     "bad": sorted(run.bad), "n_bad_steps": run.n_bad_steps}
+        if run.ranks.device.type == "cuda":
+            torch.cuda.synchronize()  # its copies to the CPU may still be under way
+    if run.ranks.rank == 0:
+        state = {"step": done, "student": mine, "optimizer": optimizer.state_dict(),
+                 "bad": sorted(run.bad), "n_bad_steps": run.n_bad_steps}
+        for old in states(folder)[max(run.args.keep - 1, 1) :]:
+            old.unlink()
+        others = [path.name for path in states(folder)]
+        with writing(f"the state of step {done} beside {others} in {folder}", beside):
             folder.mkdir(parents=True, exist_ok=True)
             with open(beside, "wb") as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, folder / f"step-{done:08d}.pt")
-            for old in states(folder)[run.args.keep :]:
-                old.unlink()
-    except (OSError, RuntimeError) as error:  # torch.save wraps some of the system's errors
-        beside.unlink(missing_ok=True)
-        left = f"untouched are {[path.name for path in states(folder)]}"
-        raise InputError(f"cannot write the state of step {done} to {folder}: {error}; {left}") from None
+        for old in states(folder)[run.args.keep :]:
+            old.unlink()
     dist.barrier()
 
 
@@ -130,12 +133,7 @@ def states(folder: Path) -> list[Path]:
 
 def newest_sound(folder: Path, ranks: Ranks) -> Path | None:
     """The newest state that is as it was written, the same one on every rank."""
-    sound = ""
-    for path in states(folder) if ranks.rank == 0 else []:
-        if is_sound(path):
-            sound = path.name
-            break
-        print(f"warning: {path} is damaged, the state before it is used", file=sys.stderr, flush=True)
+    sound = next((p.name for p in states(folder) if is_sound(p)), "") if ranks.rank == 0 else ""
     sound = ranks.gather(sound)[0]
     lost = sound and not (folder / sound).exists()
     require(not lost, f"rank {ranks.rank} does not see {folder / sound}: nodes must share --out")
@@ -143,9 +141,12 @@ def newest_sound(folder: Path, ranks: Ranks) -> Path | None:
 
 
 def is_sound(path: Path) -> bool:
-    """Whether the bytes of a state have the checksums that were written with them."""
+    """Whether the bytes of a state have the checksums that were written with them; if not, it is said."""
     try:
         with zipfile.ZipFile(path) as file:
-            return file.testzip() is None
+            if file.testzip() is None:
+                return True
     except (zipfile.BadZipFile, OSError):
-        return False
+        pass
+    print(f"warning: {path} is damaged, the state before it is used", file=sys.stderr, flush=True)
+    return False

@@ -152,7 +152,7 @@ def test_a_changed_file_stops_the_same_command(world, checkpoints, tmp_path, mon
         file.write("# another thought\n")
     done = subprocess.run([sys.executable, "sft.py", *argv], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "--out out holds a finished run of other code; since then losses.py changed." in done.stderr
+    assert "--out out holds a finished run; since then losses.py changed." in done.stderr
     assert "--no-resume" in done.stderr
 
 
@@ -170,7 +170,7 @@ def test_a_finished_run_of_other_code_is_trained_again_only_if_asked(
     sft.main(argv)
     before = (tmp_path / "out/run.json").read_text()
     edited()
-    with pytest.raises(InputError, match="holds a finished run of other code; since then losses.py changed"):
+    with pytest.raises(InputError, match="holds a finished run; since then losses.py changed"):
         sft.main(argv)
     assert (tmp_path / "out/run.json").read_text() == before
     sft.main([*argv, "--no-resume"])
@@ -188,7 +188,7 @@ def test_an_interrupted_run_of_other_code_goes_on_only_if_asked(
         with pytest.raises(ZeroDivisionError):
             sft.main(argv)
     edited()
-    with pytest.raises(InputError, match="an interrupted run of other code; since then losses.py.*--resume"):
+    with pytest.raises(InputError, match="an interrupted run; since then losses.py.*--resume"):
         sft.main(argv)
     sft.main([*argv, "--resume"])
     assert "goes on after step 2" in capsys.readouterr().out

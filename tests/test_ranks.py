@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +17,14 @@ import torch.distributed as dist
 from conftest import ROOT, data_flags, launch, log_of
 from safetensors.torch import load_file
 from test_mod import pairs
+from torch import nn
+from torch.utils.data import DataLoader
 from two_ranks import fp64
 
 import mod_distill
+from support import state
 from support.flags import InputError
-from support.ranks import name_of_attempt, process_group
+from support.ranks import COUNTS, TORCHRUN, name_of_attempt, place, process_group, start_data_process
 
 
 @pytest.fixture(scope="module")
@@ -152,12 +157,135 @@ def test_two_nodes_meet_again_after_one_has_lost_a_rank(tmp_path):
     assert sorted(re.findall("sum 2.0 restarts (.)", said)) == ["0", "1"]
 
 
-def test_slurm_without_torchrun_is_refused(monkeypatch):
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(InputError, match="each of Slurm's 8 tasks .* srun --ntasks-per-node 1 torchrun"):
+# ---------------------------------------------------------------------------------- how it was started
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets variables of the environment, where no launcher has set any."""
+    for name in (*TORCHRUN, *COUNTS):
+        monkeypatch.delenv(name, raising=False)
+    return lambda **variables: [monkeypatch.setenv(k, v) for k, v in variables.items()]
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE",
+                                  "MV2_COMM_WORLD_SIZE"])
+def test_processes_that_know_nothing_of_each_other_are_refused(environment, name):
+    """As `srun` or `mpirun` start them without torchrun: each would be a run of its own."""
+    environment(**{name: "8"})
+    with pytest.raises(InputError, match=f"{name}=8: each of these .* srun --ntasks-per-node 1 torchrun"):
         with process_group():
             pass
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    environment(**{name: "1"})
     with process_group() as ranks:
         assert ranks.world_size == 1
+    environment(**{name: "8"} | WHOLE)
+    assert place() == (1, 2, 0)
+
+
+WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+HALVES = [{"RANK": "0"}, {"WORLD_SIZE": "2"}, {"LOCAL_RANK": "1"}, {"RANK": "2"}, {"RANK": "x"}, {"RANK": ""}]
+
+
+@pytest.mark.parametrize("given", [*HALVES[:3], *(WHOLE | bad for bad in HALVES[3:])])
+def test_half_of_what_torchrun_says_is_refused_at_once(environment, given):
+    environment(**given)
+    said = " ".join(f"{name}={given.get(name, '')}" for name in TORCHRUN)
+    with pytest.raises(InputError, match=f"{said}; start by torchrun, or `unset RANK WORLD_SIZE LOCAL_RANK`"):
+        with process_group():
+            pass
+
+
+def test_more_ranks_than_gpus_are_refused(environment, monkeypatch):
+    environment(**WHOLE | {"LOCAL_RANK": "1"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match="rank 1 wants GPU 1, .* has 1: .* --nproc_per_node 1"):
+        with process_group():
+            pass
+
+
+def test_batches_of_data_processes_take_no_shared_memory():
+    """There may be none, and then they would be waited for without end."""
+    data = [torch.arange(6).view(2, 3) + k for k in range(4)]
+    loader = DataLoader(data, None, num_workers=1, worker_init_fn=start_data_process)
+    for given, got in zip(data, loader):
+        assert torch.equal(given, got)
+        assert not got.is_shared()
+
+
+def test_a_signal_that_is_ignored_stays_so(monkeypatch):
+    """`nohup` ignores SIGHUP, so that a run outlives its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with process_group() as ranks:
+            ranks.catch_signals()
+            for number in signal.SIGHUP, signal.SIGUSR1:
+                os.kill(os.getpid(), number)
+            assert [caught[0] for caught in ranks._signals] == [signal.SIGUSR1]
+        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# ---------------------------------------------------------------------------------- the optimizer
+
+
+def optimizer_of(tmp_path, ranks, device="cpu"):
+    """A run with --shard optimizer that seems to be on `device`, its student, and its optimizer."""
+    args = SimpleNamespace(resume=None, keep=2, shard="optimizer", lr=0.1, weight_decay=0.0)
+    seems = SimpleNamespace(rank=0, device=torch.device(device), gather=ranks.gather)
+    run = SimpleNamespace(args=args, ranks=seems, out=tmp_path, bad=set(), n_bad_steps=0)
+    student = nn.Sequential(nn.Linear(3, 2))
+    optimizer = state.make_optimizer(run, list(student.parameters()), betas=(0.9, 0.98))
+    for p in student.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return run, student, optimizer
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_sharded_optimizer_has_the_options_of_one_that_is_not(tmp_path, device):
+    with process_group() as ranks:
+        *_, sharded = optimizer_of(tmp_path, ranks, device)
+        for group in *sharded.param_groups, *sharded.optim.param_groups:
+            assert (group["betas"], group["fused"], group["lr"]) == ((0.9, 0.98), True, 0.1)
+
+
+def test_a_sharded_state_is_written_when_its_copies_are_there(tmp_path, monkeypatch):
+    """They are begun on the GPU, and nobody else waits for them."""
+    order = []
+    with process_group() as ranks:
+        run, student, optimizer = optimizer_of(tmp_path, ranks, "cuda")
+        gathers = optimizer.consolidate_state_dict
+        optimizer.consolidate_state_dict = lambda: (order.append("gather"), gathers())
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
+        monkeypatch.setattr(torch, "save", lambda *_: order.append("write"))
+        state.save_state(run, 1, student, optimizer)
+    assert order == ["gather", "wait", "write"]
+
+
+def test_a_sharded_optimizer_goes_on_with_all_of_its_state_on_the_device(tmp_path):
+    with process_group() as ranks:
+        run, student, optimizer = optimizer_of(tmp_path, ranks)
+        state.save_state(run, 1, student, optimizer)
+        run.ranks.device = torch.device("meta")
+        assert state.load_state(run, student, optimizer) == 1
+        moments = optimizer.optim.state.values()
+        assert len(moments) == 2
+        assert {m["step"].device.type for m in moments} == {"meta"}
+
+
+@pytest.mark.parametrize("keep, want", [(1, [[], [1], [2], [3]]), (3, [[], [1], [1, 2], [2, 3]])])
+def test_older_states_make_room_before_a_new_one_is_written(tmp_path, monkeypatch, keep, want):
+    """But never the last of them."""
+    seen, save = [], torch.save
+    there = lambda: sorted(int(path.stem[-2:]) for path in state.states(tmp_path / "state"))
+    monkeypatch.setattr(torch, "save", lambda *args: (seen.append(there()), save(*args)))
+    with process_group() as ranks:
+        run, student, optimizer = optimizer_of(tmp_path, ranks)
+        run.args.keep = keep
+        for done in range(1, 5):
+            state.save_state(run, done, student, optimizer)
+    assert seen == want
+    assert there() == [1, 2, 3, 4][-keep:]

@@ -1,5 +1,6 @@
 """Interrupted runs: they end like uninterrupted ones, bit for bit, whatever interrupted them."""
 
+import contextlib
 import json
 import os
 import resource
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -245,21 +247,60 @@ def test_a_crash_inside_a_write_leaves_the_last_state(whole, flags, checkpoints,
             dft.main([*command(checkpoints), *flags(tmp_path / "out")])
     assert [p.name[:13] for p in state.states(tmp_path / "out" / "state")] == ["step-00000004"]
     assert (tmp_path / "out" / "state" / ".writing").exists()
+    assert not (tmp_path / "out" / ".lock").exists()
     dft.main([*command(checkpoints), *flags(tmp_path / "out")])
     assert same_weights(whole / "one", tmp_path / "out")
 
 
-def test_a_full_disk_stops_the_run_and_leaves_the_last_state(flags, checkpoints, tmp_path, monkeypatch):
+@contextlib.contextmanager
+def full_disk(monkeypatch, step: int, size: int):
+    """From this step on no file can be longer than so many bytes."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    stop_at(monkeypatch, 5, lambda run: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1])))
+    with monkeypatch.context() as patch:
+        stop_at(patch, step, lambda run: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1])))
+        yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def fails(main, argv) -> str:
+    """What a run says that cannot go on; it is called where nothing must be written, not even by a test."""
     try:
-        with pytest.raises(InputError, match="cannot write the state of step 8.*untouched .*step-00000004"):
-            dft.main([*command(checkpoints), *flags(tmp_path / "out")])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        main(argv)
+    except InputError as error:
+        return str(error)
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_last_state(flags, checkpoints, tmp_path, monkeypatch):
+    with full_disk(monkeypatch, 5, 20_000):
+        said = fails(dft.main, [*command(checkpoints), *flags(tmp_path / "out")])
+    assert "cannot write the state of step 8 beside ['step-00000004.pt'] in " in said
+    assert "; mend that, then the same command goes on" in said
     (left,) = state.states(tmp_path / "out" / "state")
     assert state.is_sound(left)
     assert not (tmp_path / "out" / "state" / ".writing").exists()
+
+
+def test_a_checkpoint_without_room_is_saved_by_the_same_command(world, parts, tmp_path, monkeypatch, capsys):
+    """No step is lost, whatever --save_every is: the state after the last one is written first."""
+    argv = ["--vision", parts["vision"], "--llm", parts["small"]]
+    argv += data_flags(world, epochs=2, max_steps=5, save_every=0)
+    dpt.main([*argv, "--out", str(tmp_path / "whole")])
+    with full_disk(monkeypatch, 4, 30_000):  # room for a projector's state, and not for a student
+        said = fails(dpt.main, [*argv, "--out", str(tmp_path / "out")])
+    assert f"cannot write {tmp_path}/out: " in said
+    assert "File too large" in said
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"run.json", "log.jsonl", "state"}
+    dpt.main([*argv, "--out", str(tmp_path / "out")])
+    assert "goes on after step 5" in capsys.readouterr().out
+    assert same_weights(tmp_path / "whole", tmp_path / "out")
+    assert len(log_of(tmp_path / "out")) == 5
+
+
+def test_a_log_without_room_ends_the_run_in_one_sentence(flags, checkpoints, tmp_path, monkeypatch):
+    log = tmp_path / "out" / "log.jsonl"
+    stop_at(monkeypatch, 0, lambda run: (log.unlink(), log.symlink_to("/dev/full")))
+    with pytest.raises(InputError, match="cannot write .*log.jsonl: .*No space left on device; mend that"):
+        sft.main(["--student", checkpoints["small"], *flags(tmp_path / "out")])
 
 
 def test_a_state_is_read_without_running_what_is_in_it(flags, checkpoints, tmp_path, monkeypatch):
@@ -292,14 +333,21 @@ def poison(monkeypatch, at: int) -> None:
     monkeypatch.setattr(sft, "over_rows", poisoned)
 
 
-def test_a_step_that_is_not_finite_is_named_and_stops_the_run(flags, checkpoints, tmp_path, monkeypatch):
+def test_a_step_that_is_not_finite_is_named_and_stops_the_run(
+    flags, checkpoints, tmp_path, monkeypatch, capsys
+):
+    """And the same command goes on where more such steps are allowed."""
     poison(monkeypatch, 6)
+    argv = ["--student", checkpoints["small"], *flags(tmp_path / "out")]
     with pytest.raises(
         InputError, match="step 5: the loss of rank 0 is not finite; rank 0 had .*sample .*id"
     ):
-        sft.main(["--student", checkpoints["small"], *flags(tmp_path / "out")])
+        sft.main(argv)
     assert len(state.states(tmp_path / "out" / "state")) == 1
     assert not (tmp_path / "out" / "model.safetensors").exists()
+    poison(monkeypatch, 2)
+    sft.main([*argv, "--max_bad_steps", "1"])
+    assert "update left out (1 so far, --max_bad_steps allows 1)" in capsys.readouterr().err
 
 
 def test_bad_steps_can_be_left_out(flags, checkpoints, tmp_path, monkeypatch, capsys):
@@ -310,6 +358,25 @@ def test_bad_steps_can_be_left_out(flags, checkpoints, tmp_path, monkeypatch, ca
     assert [k for k, line in enumerate(log) if line["loss"] is None] == [5]
     assert "update left out (1 so far, --max_bad_steps allows 1)" in capsys.readouterr().err
     assert all(torch.isfinite(w).all() for w in weights(tmp_path / "out").values())
+
+
+def test_a_gradient_that_is_not_finite_updates_nothing(flags, checkpoints, tmp_path, monkeypatch, capsys):
+    """Though the loss is finite: a product overflows on the way back."""
+    make, norms = sft.make_optimizer, []
+
+    def overflows(run, trained, **options):
+        trained[0].register_hook(lambda grad: grad * (torch.nan if len(norms) == 1 else 1))
+        trained[0].register_post_accumulate_grad_hook(lambda p: norms.append(p.detach().clone()))
+        return make(run, trained, **options)
+
+    monkeypatch.setattr(sft, "make_optimizer", overflows)
+    sft.main(["--student", checkpoints["small"], *flags(tmp_path / "out", max_steps=3, max_bad_steps=1)])
+    log = log_of(tmp_path / "out")
+    assert [line["grad_norm"] is None for line in log] == [False, True, False]
+    assert all(line["loss"] is not None for line in log)
+    assert "step 1: the gradient is not finite; rank 0 had" in capsys.readouterr().err
+    assert not torch.equal(norms[0], norms[1])  # by the first update
+    assert torch.equal(norms[1], norms[2])
 
 
 # ---------------------------------------------------------------------------------- torchrun
