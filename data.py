@@ -223,6 +223,7 @@ def micro_batches(data: LlavaData, steps: list, first: int, run: Run) -> Iterato
         loader = iter(DataLoader(
             data, batch_sampler=mine, collate_fn=data.collate, pin_memory=ranks.device.type == "cuda",
             num_workers=run.args.workers, worker_init_fn=start_data_process, generator=torch.Generator(),
+            multiprocessing_context="fork" if run.args.workers else None,  # they share what is loaded
         ))
     except OSError as error:
         advice = "each takes memory and a little of /dev/shm; --workers 0 does without"
