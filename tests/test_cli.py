@@ -89,7 +89,7 @@ def test_an_out_that_cannot_be_is_refused_before_anything_is_read(argv, tmp_path
            "below a file": tmp_path / "file/out", "cannot be made": "/proc/nothing/out"}[kind]
     said = "cannot write --out .*; mend that" if kind[0] in "bc" else "is a file or leads nowhere; take an"
     with pytest.raises(InputError, match=said):
-        sft.main([*argv(), "--student", "nothing", "--out", str(out)])
+        sft.main(but(argv(), student="nothing", out=out))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "link"]
 
 
@@ -115,7 +115,7 @@ def test_a_second_run_into_one_folder_is_refused_and_touches_nothing(argv, tmp_p
     first = another(tmp_path / "out/.lock")
     assert first.stdout.readline() == "mine\n"
     with pytest.raises(InputError, match="--out .*out is in use by another run; wait for its end or take an"):
-        sft.main([*argv(), "--student", "nothing"])
+        sft.main(but(argv(), student="nothing"))
     assert [file.name for file in (tmp_path / "out").iterdir()] == [".lock"]
     first.kill()  # whatever ends it
     first.communicate()
@@ -137,7 +137,7 @@ def test_a_refused_run_leaves_nothing_that_was_not_there(argv, tmp_path):
         for folder in made:
             (tmp_path / folder).mkdir(exist_ok=True)
         with pytest.raises(InputError, match="cannot read the data file"):
-            sft.main([*argv(data=tmp_path / "none.json"), "--out", str(tmp_path / "a/b")])
+            sft.main(but(argv(data=tmp_path / "none.json"), out=tmp_path / "a/b"))
         assert sorted(str(found.relative_to(tmp_path)) for found in tmp_path.rglob("*")) == made
 
 
@@ -217,7 +217,7 @@ def test_another_input_by_the_same_name_is_noticed(world, parts, checkpoints, tm
 
 def test_a_run_whose_inputs_were_replaced_is_refused(argv, world, parts, checkpoints, tmp_path):
     given, file = inputs(world, parts, checkpoints, tmp_path), tmp_path / "out/run.json"
-    argv = [*argv(max_steps=1, data=given["data"]), "--student", given["student"]]
+    argv = but(argv(max_steps=1, data=given["data"]), student=given["student"])
     sft.main(argv)
     before = file.read_text()
     for flag in "student", "data":

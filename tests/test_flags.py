@@ -124,7 +124,10 @@ def start(tmp_path_factory, world, checkpoints):
         given |= {"step": stage} if stage in ("d2d", "d2s", "pd") else {}
         given |= {"data": root / "pairs.json", "student": root / "sparse"} if stage == "pd" else {}
         with watch() as seen:
-            SCRIPTS[stage].main([*data_flags(world, **(given := given | flags)), *words])
+            argv = [*data_flags(world, **(given := given | flags)), *words]
+            if "--group_by_modality" in words:
+                argv.remove("--no-group_by_modality")
+            SCRIPTS[stage].main(argv)
         return SimpleNamespace(out=given["out"], log=log_of(given["out"]), **vars(seen))
 
     run("d2s", out=root / "sparse", max_steps=1)
