@@ -58,7 +58,7 @@ def kept(student: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
     loose = [name for name in vars(student) if name not in ATTRIBUTES]
     advice = "make it a module, an nn.Parameter, or a buffer by register_buffer(name, torch.tensor(value))"
     require(not loose, f"the student's {loose} would not survive an interruption: {advice}")
-    broken = [name for name, x in mine.items() if not x.isfinite().all()][:3]
+    broken = [name for name, x in mine.items() if not x.sum().isfinite()][:3]
     require(not broken, f"the student's {broken} are not finite, so not saved: a lower --lr may help")
     return mine
 
