@@ -66,9 +66,7 @@ class Ranks:
         return contextlib.nullcontext() if now or self._ddp is None else self._ddp.no_sync()
 
     def catch_signals(self) -> None:
-        """From here on SIGNALS do not end the process, but are what `stop_was_asked` asks for. One that is
-        ignored stays so: `nohup` means it.
-        """
+        """From here on SIGNALS are what `stop_was_asked` asks for, but for those ignored, as by `nohup`."""
         if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
             for number in SIGNALS:
                 if (before := signal.getsignal(number)) != signal.SIG_IGN:
@@ -102,8 +100,7 @@ def process_group() -> Iterator[Ranks]:
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         n, device, backend = torch.cuda.device_count(), torch.device("cuda", local), "nccl"
-        few = f"rank {rank} wants GPU {local}, counted from 0, but this machine has {n}"
-        require(local < n, f"{few}: start {n} or fewer ranks on it, torchrun --nproc_per_node {n}")
+        require(local < n, f"this machine has {n} GPUs, too few for its ranks: torchrun --nproc_per_node {n}")
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums over V stay fp32
     outermost, store = not dist.is_initialized(), dist.HashStore()  # the store of a group of one

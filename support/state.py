@@ -113,8 +113,7 @@ def save_state(run: Run, done: int, student: nn.Module, optimizer: Optimizer) ->
                  "bad": sorted(run.bad), "n_bad_steps": run.n_bad_steps}
         for old in states(folder)[max(run.args.keep - 1, 1) :]:
             old.unlink()
-        others = [path.name for path in states(folder)]
-        with writing(f"the state of step {done} beside {others} in {folder}", beside):
+        with writing(f"step {done} into {folder}, beside {[x.name for x in states(folder)]}", beside):
             folder.mkdir(parents=True, exist_ok=True)
             with open(beside, "wb") as file:
                 torch.save(state, file)

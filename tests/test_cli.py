@@ -486,10 +486,3 @@ def test_the_schedule():
     assert all(a > b for a, b in zip(lrs[3:], lrs[4:]))
     assert 0 < lrs[-1] < 0.001
     assert [set_lr(Optimizer, 0, 1, 2.0, warmup=0.0), set_lr(Optimizer, 0, 1, 2.0, warmup=0.5)] == [2.0, 2.0]
-
-
-def test_a_terminal_that_lacks_the_characters_of_data(monkeypatch):
-    page = io.BytesIO()
-    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(page, encoding="ascii", write_through=True))
-    cli(lambda: print("北京"))
-    assert page.getvalue() == b"\\u5317\\u4eac\n"

@@ -273,7 +273,7 @@ def fails(main, argv) -> str:
 def test_a_full_disk_stops_the_run_and_leaves_the_last_state(flags, checkpoints, tmp_path, monkeypatch):
     with full_disk(monkeypatch, 5, 20_000):
         said = fails(dft.main, [*command(checkpoints), *flags(tmp_path / "out")])
-    assert "cannot write the state of step 8 beside ['step-00000004.pt'] in " in said
+    assert f"cannot write step 8 into {tmp_path}/out/state, beside ['step-00000004.pt']: " in said
     assert "; mend that, then the same command goes on" in said
     (left,) = state.states(tmp_path / "out" / "state")
     assert state.is_sound(left)
