@@ -129,12 +129,13 @@ def step(args: argparse.Namespace, tokens: int | None = None) -> dict[str, float
     n_read = rows * (tokens if "visual" in targets else tokens - n_visual)  # whose logits are formed
     logits, d_head = n_read * text.vocab_size, 4 * n["head"] * head_too
     chunk = min(logits, chunks.CHUNK * (chunks.ON_GPU if gpu else 1))
+    block = chunk if gpu else min(logits, chunks.BLOCK)
     grams = 8 * gamma * (n["width"] ** 2 + t["width"] ** 2)
     need = {
         "student": 4 * n["all"], "teacher": t_bytes * t["all"], "gradients": 4 * trained,
         "optimizer": 8 * trained / (args.gpus if args.shard == "optimizer" and gpu else 1),
         "activations": rest + stream + kept,
-        "losses": chunk * (dtype.itemsize + t_bytes + 28) + d_head + grams,
+        "losses": chunk * (dtype.itemsize + t_bytes) + 28 * block + d_head + grams,
         "backward": layer + more + d_head, "set aside": SET_ASIDE * gpu,
     }
     # Gradients of a single pass come into being as activations go; between several passes they stay.

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from support.flags import require
 
-CHUNK = 1 << 23  # logits formed at a time: 55 rows of 151,936 ids; on a GPU ON_GPU times as many
-ON_GPU = 16
+CHUNK = 1 << 25  # logits formed at a time: 220 rows of 151,936 ids; on a GPU ON_GPU times as many
+ON_GPU = 4
+BLOCK = 1 << 20  # logits that an objective sees at a time on a CPU: they stay in its cache
 Head = tuple[Tensor, Tensor]  # what logits are made of: hidden states (B, T, D), weight of the head (V, D)
 Objective = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 _sums = set()  # (code, kind) of objectives that were seen to be sums over the rows of this kind
@@ -66,36 +67,45 @@ def over_rows(
     full = torch.promote_types(h.dtype, torch.float32)
     needed = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
-    def rows(part: slice) -> tuple[Tensor, Rows]:
-        """Some rows' logits (n, V_s) of the student, a leaf for autograd; what the objective sees of them."""
-        z_s = (h[part] @ w.T).to(full).requires_grad_(needed)
-        log_t = None if t_head is None else F.log_softmax((t_hidden[part] @ t_head.T).to(full), dim=-1)
+    def rows(z_s: Tensor, z_t: Tensor | None, part: slice) -> tuple[Tensor, Rows]:
+        """Some rows' logits of the student as a leaf for autograd, and what the objective sees of them."""
+        z_s = z_s.to(full).requires_grad_(needed)
+        log_t = None if z_t is None else F.log_softmax(z_t.to(full), dim=-1)
         return z_s, Rows(F.log_softmax(z_s, dim=-1), log_t, y[part], None if extra is None else extra[part])
 
+    def logits(part: slice) -> tuple[Tensor, Tensor | None]:
+        return h[part] @ w.T, None if t_head is None else t_hidden[part] @ t_head.T  # (n, V_s), (n, V_t)
+
     with torch.no_grad():
-        nothing = dict.fromkeys(kinds, rows(slice(0))[1])
+        nothing = dict.fromkeys(kinds, rows(*logits(slice(0)), slice(0))[1])
         loss, terms = objective(**nothing)
     losses, totals = [loss.detach()], {name: value.detach() for name, value in terms.items()}
     d_hidden = torch.zeros_like(h)
     d_others = [torch.zeros_like(x) if x.requires_grad else None for x in inputs[1:]]
-    for name, part in _chunks(at, limit=max(1, CHUNK * (ON_GPU if head.is_cuda else 1) // len(head))):
-        z_s, mine = rows(part)
-        loss, terms = objective(**nothing | {name: mine})
-        _require_sum(objective, nothing, name, mine, learned)
-        losses.append(loss.detach())
-        totals = {name: total + terms[name].detach() for name, total in totals.items()}
-        if not loss.requires_grad:
-            continue
-        _require_named(loss, (z_s, *learned))
-        d_z, *d_learned = torch.autograd.grad(loss.sum(), (z_s, *learned), materialize_grads=True)
-        d_z = d_z.to(h.dtype)
-        torch.mm(d_z, w, out=d_hidden[part])
-        if head.requires_grad and d_z.dtype == head.dtype:
-            d_others[0].addmm_(d_z.T, h[part])
-        elif head.requires_grad:  # products in bf16, their sum in fp32
-            d_others[0].add_(d_z.T @ h[part])
-        for total, d in zip(d_others[1:], d_learned):
-            total.add_(d)
+    chunk, block = (CHUNK * ON_GPU, CHUNK * ON_GPU) if head.is_cuda else (CHUNK, BLOCK)
+    for name, part in _chunks(at, max(1, chunk // len(head))):
+        z_s, z_t = logits(part)
+        for start in range(0, len(z_s), size := max(1, block // len(head))):
+            few = slice(start, start + size)
+            at_rows = slice(part.start + start, min(part.start + start + size, part.stop))
+            leaf, mine = rows(z_s[few], z_t if z_t is None else z_t[few], at_rows)
+            loss, terms = objective(**nothing | {name: mine})
+            _require_sum(objective, nothing, name, mine, learned)
+            losses.append(loss.detach())
+            totals = {name: total + terms[name].detach() for name, total in totals.items()}
+            d_z, d_learned = 0, ()
+            if loss.requires_grad:
+                _require_named(loss, (leaf, *learned))
+                d_z, *d_learned = torch.autograd.grad(loss.sum(), (leaf, *learned), materialize_grads=True)
+            z_s[few] = d_z
+            for total, d in zip(d_others[1:], d_learned):
+                total.add_(d)
+        if needed:  # z_s now holds d loss / d z_s
+            torch.mm(z_s, w, out=d_hidden[part])
+        if needed and head.requires_grad and z_s.dtype == head.dtype:
+            d_others[0].addmm_(z_s.T, h[part])
+        elif needed and head.requires_grad:  # products in bf16, their sum in fp32
+            d_others[0].add_(z_s.T @ h[part])
     loss = torch.cat(losses) if loss.dim() else sum(losses)
     only = "a loss for each row has a gradient for hidden states alone: freeze the head, or return the sum"
     require(not (loss.dim() and needed and any(x.requires_grad for x in inputs[1:])), only)

@@ -69,8 +69,9 @@ def compare(case, rel, **more):
 
 @pytest.fixture(params=[1 << 25, 40, 11])
 def pieces(request, monkeypatch):
-    """One chunk; three rows a chunk; one row a chunk."""
+    """One chunk; three rows a chunk; one row a chunk. Blocks shrink with them."""
     monkeypatch.setattr(chunks, "CHUNK", request.param)
+    monkeypatch.setattr(chunks, "BLOCK", request.param // 2)
 
 
 @pytest.mark.parametrize("vocabularies", [(11, 11), (11, 13), (13, 11)])
