@@ -37,9 +37,9 @@ def over_rows(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss that `objective` returns and its terms for the log, over all rows of all kinds.
 
-    objective  a function of one `Rows` for each kind. It is called once per chunk. A chunk holds rows of one
-               kind; the arguments for the other kinds are then empty. It returns a *sum* over the rows it is
-               given, and terms that are such sums. It must do nothing else: it is also called without rows,
+    objective  a function of one `Rows` for each kind. It is called with some rows of one kind at a time; the
+               arguments for the other kinds are then empty. It returns a *sum* over the rows it is given, and
+               terms that are such sums. It must do nothing else: it is also called without rows,
                and at first a few times more, to see that it is a sum. (If the head is frozen, it may return a
                loss for each row (N,) instead; then so does this.)
     kinds      the names of its arguments, each with the mask (B, T) of its rows; None for no rows
