@@ -52,6 +52,9 @@ def read_config(path: str) -> hf.PretrainedConfig:
     for file in (f for f in Path(path).glob("*") if f.is_file() and f.stat().st_size < 1000):
         pointer = file.read_bytes().startswith(b"version https://git-lfs")
         require(not pointer, f"{file} is only a pointer to the file: run `git lfs pull` in its folder")
+    gguf = any(Path(path).glob("*.gguf")) and not any(Path(path).glob("*.safetensors"))
+    gguf |= path.lower().endswith("gguf") and not os.path.isdir(path)  # a file, or a name of the hub
+    require(not gguf, f"{path} is in GGUF, which is for inference: give the model that it was made from")
     adapter = f"{path} holds a LoRA adapter: merge it into its model (merge_and_unload of peft) and save that"
     require(not has_file(path, "adapter_config.json"), adapter)
     given, _ = hf.PretrainedConfig.get_config_dict(path)
@@ -60,6 +63,10 @@ def read_config(path: str) -> hf.PretrainedConfig:
     kind = given.get("model_type")
     if kind == "tinyllava":
         return tinyllava.read_config(path)
+    tiles = str(kind).startswith(("llava_next", "llava_onevision"))
+    tiles |= "anyres" in str(given.get("image_aspect_ratio"))
+    told = f"{path} is a '{kind}' model of any resolution, to which an image is several tiles"
+    require(not tiles, f"{told}; here it is one square: give a checkpoint like LLaVA-1.5's")
     stock = kind in hf.CONFIG_MAPPING and "mm_vision_tower" not in given  # that is in the original LLaVA's
     form = f"{path} holds a '{kind}' model in a form of its own, and code of a checkpoint is never run"
     require(stock, f"{form}: give one that transformers knows, of LLaVA as llava-hf's, or convert it")

@@ -15,7 +15,8 @@ MARKS = "weight", "loss", "loss_mask", "loss_scale", "train", "training"  # of a
 # Keys of a sample or a turn that mean something and are not read, and pictures' keys. All others are notes.
 UNREAD = ("video videos audio audios history tools tool_calls function_call reasoning reasoning_content "
           "thinking system_prompt mask train_detail rejected_response rejected_conversations").split()
-PICTURES = re.compile(r"(?!images?$).*(?i:image|img|picture|photo|pixel|media|file_?name|\bpics?\b)")
+PICTURES = re.compile(r"(?!images?$).*(?i:image|img|picture|photo|pixel|video|media|file_?name|\bpics?\b)")
+FILMS = ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"
 LONGEST = 200  # ratio of an image's sides: resized by its short side a longer one would fill the memory
 
 
@@ -106,7 +107,8 @@ def is_text(value: str) -> bool:
 def images_of(where: str, record: dict) -> list[str]:
     """The paths under `image` or `images`: one, a list, or none."""
     unread = [key for key in UNREAD if record.get(key)]
-    require(not unread, f"{where} has {unread}, which is not read: write it into the turns, or leave it out")
+    advice = "write it into the turns (films as pictures into 'image'), or leave it out"
+    require(not unread, f"{where} has {unread}, which is not read: {advice}")
     given = [record.get(key) or [] for key in ("image", "images")]
     a, b = ([one] if isinstance(one, str) else [] if one == [None] else one for one in given)
     require(not (a and b) or a == b, f"{where} has 'image' and 'images', {str([a, b])[:200]}; give one")
@@ -125,6 +127,7 @@ def check_images(where: str, images: list[str], n_markers: int, image_root: str,
     for path in images:
         told, is_path = f"{where}: image path {path[:200]!r}", "://" not in path and path[:5] != "data:"
         require(is_path, f"{told} is an address or the picture itself: write that into a file, and name it")
+        require(not path.lower().endswith(FILMS), f"{told} is a film, which is not read: give pictures of it")
         full = os.path.normpath(os.path.join(image_root, path))
         inside = os.path.relpath(full, image_root).split(os.sep)[0] != ".." and "\0" not in path
         require(inside, f"{told} leaves the image folder {image_root}")

@@ -68,7 +68,7 @@ class Index:
         first = not dist.is_initialized() or int(os.environ.get("LOCAL_RANK", 0)) == 0  # on this machine
         try:
             real, edited = Path(path).resolve(), os.stat(path).st_mtime_ns
-            key = json.dumps([5, str(real), fingerprint(path), edited, checks, skip_bad])
+            key = json.dumps([6, str(real), fingerprint(path), edited, checks, skip_bad])
             self.place = CACHE / f"{real.name}.{hashlib.sha256(key.encode()).hexdigest()[:16]}"
             if first and not self.place.exists():
                 self._make(measure)

@@ -6,6 +6,7 @@ import json
 import multiprocessing.util  # registers its own ending first, so that ours comes before it
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -105,6 +106,8 @@ def process_group() -> Iterator[Ranks]:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums over V stay fp32
     outermost, store = not dist.is_initialized(), dist.HashStore()  # the store of a group of one
     if outermost:
+        if torch.backends.mps.is_available() and rank == 0:
+            print("Apple's GPU (MPS) is not used: all is computed on the CPU", file=sys.stderr)
         if world > 1:
             shared = next(rendezvous("env://", timeout=PATIENCE))[0]
             store = dist.PrefixStore(name_of_attempt(shared, rank, world), shared)

@@ -67,6 +67,10 @@ def test_a_folder_that_is_not_there(path, parts, monkeypatch):
     ({"config": {"model_type": "bunny-qwen2"}}, "a 'bunny-qwen2' model in a form of its own"),
     ({"config": {"mm_vision_tower": "openai/clip"}}, "in a form of its own, .* llava-hf's, or convert it"),
     ({"bin": True}, "has no weights in model.safetensors; others can hold code .* save_pretrained it"),
+    ({"gguf": True}, "is in GGUF, which is for inference: give the model that it was made from"),
+    ({"config": {"model_type": "llava_next"}}, "a 'llava_next' model of any resolution, "),
+    ({"config": {"model_type": "llava_onevision"}}, "a 'llava_onevision' model of any resolution, "),
+    ({"config": {"image_aspect_ratio": "anyres_max_9"}}, "here it is one square: give a checkpoint like"),
     ({"pointer": "model.safetensors"}, "model.safetensors is only a pointer to the file: run `git lfs pull`"),
     ({"pointer": "tokenizer.json"}, "tokenizer.json is only a pointer to the file: run `git lfs pull`"),
 ])
@@ -82,6 +86,9 @@ def test_folders_that_are_no_model_yet(change, sentence, parts, checkpoints, tmp
             (folder / change["file"]).write_text("{}")
         if "bin" in change:
             weights.rename(folder / "pytorch_model.bin")
+        if "gguf" in change:
+            assert load(str(folder))
+            weights.rename(folder / "model-Q4_K_M.gguf")
         if "pointer" in change:
             (folder / change["pointer"]).write_text("version https://git-lfs.github.com/spec/v1\noid 0\n")
         set_json(folder / "config.json", **change.get("config", {}))
@@ -89,6 +96,15 @@ def test_folders_that_are_no_model_yet(change, sentence, parts, checkpoints, tmp
         assert str(folder) in said
         with pytest.raises(AssertionError, match=sentence):
             raise AssertionError(said)
+
+
+def test_gguf_as_a_file_as_a_name_and_beside_weights_that_are_read(parts, checkpoints, tmp_path):
+    folder = Path(shutil.copytree(checkpoints["small"], tmp_path / "it-gguf"))
+    (folder / "q4.gguf").write_bytes(b"GGUF")
+    assert Llava.from_checkpoint(str(folder))
+    for path in folder / "q4.gguf", "Qwen/Qwen2.5-0.5B-Instruct-GGUF":
+        for load in Llava.from_checkpoint, lambda p: new_student(parts["vision"], p):
+            assert f"{path} is in GGUF" in says(load, path)
 
 
 def test_the_parts_of_a_quantised_model(checkpoints, tmp_path):

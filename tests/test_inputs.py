@@ -64,7 +64,7 @@ def test_an_answer_that_mentions_the_marker_is_text(none, checkpoints):
     assert sum(target != IGNORE for target in targets) > 5
 
 
-ELSEWHERE = ["image_path", "file_name", "image_url", "Image", "img", "media", "Pictures"]
+ELSEWHERE = ["image_path", "video_path", "file_name", "image_url", "Image", "img", "media", "Pictures"]
 
 
 @pytest.mark.parametrize("none", [*NO_IMAGE, *({key: "a.png"} for key in ("path", *ELSEWHERE))])
@@ -93,6 +93,7 @@ def test_pictures_under_another_key_are_refused_by_name(key):
     ("data:image/png;base64," + "A" * 80_000, "the picture itself"),
     ({"bytes": "A" * 80_000, "path": None}, "write pictures into files"),
     ({"<image_00>": "a.png"}, "write pictures into files"),
+    ("a.MP4", "is a film, which is not read: give pictures of it"),
 ])
 def test_pictures_that_are_no_files_are_refused_in_few_words(image, why):
     with pytest.raises(InputError, match=why) as error:
@@ -102,7 +103,7 @@ def test_pictures_that_are_no_files_are_refused_in_few_words(image, why):
 
 @pytest.mark.parametrize("record, message", [
     ({key: ["x"], "conversations": TALK}, rf"sample 0 has \['{key}'\], which is not read: write it into")
-    for key in ("history", "tools", "videos", "audios", "rejected_response")
+    for key in ("history", "tools", "video", "videos", "audios", "rejected_response")
 ] + [
     ({"conversations": [TALK[0], TALK[1] | {key: "x"}]}, rf"turn 1, has \['{key}'\], which is not read")
     for key in ("tool_calls", "reasoning_content", "mask")

@@ -205,6 +205,16 @@ def test_more_ranks_than_gpus_are_refused(environment, monkeypatch):
             pass
 
 
+def test_a_mac_is_told_that_its_gpu_is_not_used(environment, monkeypatch, capsys):
+    environment()
+    with process_group():
+        pass
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with process_group() as ranks, process_group():
+        assert ranks.device.type == "cpu"
+    assert capsys.readouterr().err == "Apple's GPU (MPS) is not used: all is computed on the CPU\n"
+
+
 def test_batches_of_data_processes_take_no_shared_memory():
     """There may be none, and then they would be waited for without end."""
     data = [torch.arange(6).view(2, 3) + k for k in range(4)]
