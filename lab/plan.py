@@ -42,8 +42,16 @@ def read_config(path: str) -> hf.LlavaConfig:
         return config
     vision = getattr(config, "vision_config", config)
     vision.vision_use_head = False
-    return hf.LlavaConfig(vision_config=vision, text_config=llm[0], vision_feature_select_strategy="full",
+    seen = "default" if vision.model_type == "clip_vision_model" else "full"  # as support/parts.py
+    return hf.LlavaConfig(vision_config=vision, text_config=llm[0], vision_feature_select_strategy=seen,
                           tie_word_embeddings=llm[0].tie_word_embeddings)
+
+
+def n_visual_tokens(config: hf.LlavaConfig) -> int:
+    """The tokens that an image becomes: of TinyLLaVA's checkpoints one less than the tower has patches."""
+    vision, drops_first = config.vision_config, config.vision_feature_select_strategy == "default"
+    n_cls = vision.model_type == "clip_vision_model"
+    return (vision.image_size // vision.patch_size) ** 2 + n_cls - drops_first
 
 
 def sizes(config: hf.LlavaConfig, args: argparse.Namespace | None = None) -> dict[str, float]:
@@ -100,9 +108,10 @@ def kept_by_llm(text: hf.PretrainedConfig, shape: tuple[int, int], dtype: torch.
 def step(args: argparse.Namespace, tokens: int | None = None) -> dict[str, float]:
     """Bytes by part in a step, and FLOPs of a sample: an image and --text tokens, or `tokens` in all."""
     config = read_config(args.student)
-    text, vision, gpu = config.text_config, config.vision_config, args.gpus > 0
+    theirs = read_config(args.teacher) if getattr(args, "teacher", None) else None
+    text, gpu = config.text_config, args.gpus > 0
     dtype = precision(args.dtype, torch.bfloat16 if gpu else torch.float32)
-    n_visual = (vision.image_size // vision.patch_size) ** 2
+    n_visual = n_visual_tokens(theirs or config)  # the teacher's, which a new student takes over
     tokens = tokens or n_visual + args.text
     require(tokens > n_visual, f"samples of {tokens} tokens have no room for an image of {n_visual}")
     n, answers = sizes(config, args if args.stage in mod_distill.SPARSE else None), 1 + (args.stage == "pd")
@@ -110,8 +119,7 @@ def step(args: argparse.Namespace, tokens: int | None = None) -> dict[str, float
     part = {"dpt": 0, "d2s": n["moe"], "pd": n["moe"]}.get(args.stage, llm)  # of it that is trained
     trained, head_too = n["projector"] + part, args.stage in ("sft", "dft", "d2d")
     t, t_bytes = dict.fromkeys(n, 0), 0  # the teacher's, if there is one
-    if getattr(args, "teacher", None):
-        theirs = read_config(args.teacher)
+    if theirs:
         t, t_bytes = sizes(theirs), precision(args.teacher_dtype, dtype).itemsize
         looks = [c.vision_config.to_dict() | {"layer": c.vision_feature_layer} for c in (config, theirs)]
         if looks[0] == looks[1]:  # then one tower serves both

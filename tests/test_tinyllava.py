@@ -255,6 +255,20 @@ def test_plan_needs_its_config_alone(models, tmp_path):
         plan.main(["sft", "--student", path])
 
 
+@every
+def test_plan_has_as_many_visual_tokens(models, name, tmp_path):
+    """In the checkpoint, and in a new student that it teaches; 9 patches are all of the tower."""
+    path, n = str(HERE / name), models[name].n_visual_tokens
+    models[name].config.vision_config.save_pretrained(tmp_path / "vision")
+    text_config().save_pretrained(tmp_path / "llm")
+    new = ["dpt", "--vision", f"{tmp_path}/vision", "--llm", f"{tmp_path}/llm"]
+    for argv, np in (["sft", "--student", path], n), ([*new, "--teacher", path], n), (new, 9):
+        args = plan.parse_args(argv)
+        assert plan.step(args, np + 1)["flops"] > 0
+        with pytest.raises(InputError, match=f"no room for an image of {np}$"):
+            plan.step(args, np)
+
+
 def test_it_teaches_a_new_student_through_all_stages(world, tmp_path):
     """And is trained itself. What is written is stock LLaVA, with its template and 8 of 9 patches."""
     teacher = str(HERE / "instruct")
