@@ -47,8 +47,8 @@ def read(path: Path) -> list[dict]:
 
 
 def test_unseen_pairs_are_in_no_training_scene_and_in_every_question_that_says_so(small):
-    pairs = {f"{color} {shape}" for color, shape in world.UNSEEN}
-    assert {shape for _, shape in world.UNSEEN} == set(world.SHAPES)  # each word is seen, with another
+    pairs = {f"{color} {shape}" for color, shape in world.SHAPED.unseen}
+    assert {shape for _, shape in world.SHAPED.unseen} == set(world.SHAPES)  # each word is seen, with another
     captions = [s["conversations"][1]["value"] for s in read(small / "pretrain.json")]
     for text in captions + [json.dumps(read(small / f"{kind}.json")) for kind in ("finetune", "mixed")]:
         assert not any(pair in text for pair in pairs), text
