@@ -1,18 +1,21 @@
-"""Tiny models and data that every test shares, and the two ways to start a stage."""
+"""Tiny models and data that every test shares, and the ways to start a stage."""
 
 import json
+import multiprocessing
 import os
 import random
 import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests say what a CPU computes
 import torch
+import torch.distributed as dist
 from PIL import Image
 from transformers import (
     AutoTokenizer,
@@ -168,6 +171,38 @@ def launch(script: str, argv: list[str], ranks: int = 0, expect: int = 0) -> sub
     done = subprocess.run(command + argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     assert (done.returncode != 0) == bool(expect), done.stdout[-3000:] + done.stderr[-3000:]
     return done
+
+
+def on_two_ranks(work: Callable, *given: object) -> list:
+    """What `work` returns on each of two ranks: forks of this process, told what torchrun tells its own.
+
+    They have imported everything, which takes a process of `launch` five seconds.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # outlives the ranks
+    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+
+    def play(rank: str, end: object) -> None:
+        os.environ.update(told, RANK=rank, LOCAL_RANK=rank)
+        end.send(work(*given))
+
+    fork, ranks, answers = multiprocessing.get_context("fork"), [], []
+    for rank in "01":
+        answer, end = fork.Pipe(duplex=False)
+        ranks.append(fork.Process(target=play, args=(rank, end)))
+        ranks[-1].start()
+        end.close()  # so that a rank that dies ends the wait for its answer
+        answers.append(answer)
+    try:
+        assert all(answer.poll(240) for answer in answers), "a rank hangs"
+        seen = [answer.recv() for answer in answers]
+        for rank in ranks:
+            rank.join(60)
+        assert [rank.exitcode for rank in ranks] == [0, 0]
+        return seen
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def log_of(out: Path) -> list[dict]:

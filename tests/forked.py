@@ -1,16 +1,10 @@
-"""DFT as it is in another copy of the project, for tests/test_forks.py.
-
-torchrun starts this file too: each rank then trains all that is in a JSON list of copies and command lines.
-"""
+"""DFT as it is in another copy of the project, for tests/test_forks.py."""
 
 import contextlib
 import importlib
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-import torch
 
 ROOT = Path(__file__).parent.parent
 PROJECT = {path.stem for path in ROOT.glob("*.py")} | {"support"}
@@ -39,9 +33,3 @@ def train(tree: str, argv: list[str], few_rows: bool) -> None:
         if few_rows:
             importlib.import_module("support.chunks").CHUNK = 1 << 12
         dft.main(argv)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for tree, argv in json.loads(Path(sys.argv[1]).read_text()):
-        train(tree, argv, few_rows=True)

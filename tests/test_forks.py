@@ -5,7 +5,6 @@ python -m pytest tests/test_forks.py
 
 import importlib
 import inspect
-import json
 import math
 import os
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, data_flags, launch, log_of
+from conftest import ROOT, data_flags, log_of, on_two_ranks
 from forked import imports_of, train
 
 DIFFS = {path.stem: path.read_text() for path in sorted((ROOT / "docs/forks").glob("*.diff"))}
@@ -79,11 +78,9 @@ def test_a_fork_trains_and_no_split_changes_its_losses(runs, name):
     assert forked != pytest.approx(main, rel=1e-3)
 
 
-def test_two_ranks_have_the_losses_of_one(runs, tmp_path):
-    todo = [(runs.trees[name], runs.argv(name, micro=2, ranks=2)) for name in ON_TWO_RANKS]
-    (tmp_path / "todo.json").write_text(json.dumps(todo))
-    launch("tests/forked.py", [str(tmp_path / "todo.json")], ranks=2)
+def test_two_ranks_have_the_losses_of_one(runs):
     for name in ON_TWO_RANKS:
+        on_two_ranks(train, runs.trees[name], runs.argv(name, micro=2, ranks=2), True)
         assert same_losses(runs.log(name, 8), log_of(runs.out / f"{name}-2-2")), name
 
 

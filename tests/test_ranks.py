@@ -1,6 +1,5 @@
 """Many ranks: the same numbers however a batch is split, no hang at the end, no memory held twice."""
 
-import json
 import os
 import re
 import signal
@@ -14,12 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, data_flags, launch, log_of
+from conftest import ROOT, data_flags, log_of, on_two_ranks
 from safetensors.torch import load_file
 from test_mod import pairs
 from torch import nn
 from torch.utils.data import DataLoader
-from two_ranks import fp64
+from two_ranks import fp64, play
 
 import mod_distill
 from support import state
@@ -44,10 +43,8 @@ def two(tmp_path_factory, world, checkpoints, pairs):
         fp64(patch)
         for step in "d2s", "pd":
             mod_distill.main([*argv[step], "--micro_batch", "8", "--out", str(root / f"{step}-8")])
-        patch.setenv("PYTHONPATH", str(ROOT))
-        (root / "argv").write_text(json.dumps({"argv": argv}))
-        launch("tests/two_ranks.py", [str(root / "argv")], ranks=2)
-    return root, lambda name, rank: json.loads((root / f"argv.{name}.{rank}").read_text())
+    saw = on_two_ranks(play, root, argv)
+    return root, lambda name, rank: saw[rank][name]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

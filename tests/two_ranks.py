@@ -1,12 +1,6 @@
-"""What two ranks do and see, for tests/test_ranks.py, which lets torchrun start this file.
-
-Plays all `CASES` with the command lines in the file ARGV, and leaves beside it what each rank saw.
-"""
+"""What two ranks do and see, for tests/test_ranks.py."""
 
 import functools
-import json
-import os
-import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,9 +135,6 @@ def cycles(root, **_) -> list[bool]:
     return left
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    given = json.loads(Path(sys.argv[1]).read_text())
-    for name, play in CASES.items():
-        saw = play(Path(sys.argv[1]).parent, **given)
-        Path(f"{sys.argv[1]}.{name}.{os.environ['RANK']}").write_text(json.dumps(saw))
+def play(root: Path, argv: dict[str, list[str]]) -> dict[str, object]:
+    """What this rank sees in all cases."""
+    return {name: case(root=root, argv=argv) for name, case in CASES.items()}
