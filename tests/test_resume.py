@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, but, data_flags, launch, log_of
+from conftest import ROOT, but, data_flags, log_of, on_two_ranks
 from safetensors.torch import load_file
 from test_ckd import cascade_flags, stages_of
 
@@ -45,7 +45,7 @@ def whole(tmp_path_factory, flags, checkpoints):
     """A run that nothing interrupts, in this process; and one on two ranks."""
     root = tmp_path_factory.mktemp("whole")
     dft.main([*command(checkpoints), *flags(root / "one")])
-    launch("dft.py", [*command(checkpoints), *flags(root / "two", micro_batch=2)], ranks=2)
+    on_two_ranks(dft.main, [*command(checkpoints), *flags(root / "two", micro_batch=2)])
     return root
 
 
@@ -169,7 +169,7 @@ def test_the_number_of_ranks_may_change(whole, flags, checkpoints, tmp_path, mon
         stop_at(patch, 6, crash)
         with pytest.raises(CrashError):
             dft.main(argv)
-    launch("dft.py", but(argv, micro_batch=2), ranks=2)
+    on_two_ranks(dft.main, but(argv, micro_batch=2))
     same_log(whole / "one", tmp_path / "out", rel=1e-3)
 
 

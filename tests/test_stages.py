@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import torch.utils.checkpoint
-from conftest import NP, as_floats, data_flags, launch, log_of, open_data
+from conftest import NP, as_floats, data_flags, launch, log_of, on_two_ranks, open_data
 from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -49,12 +49,12 @@ def chain(tmp_path_factory, world, parts, checkpoints):
 
 
 def test_stages_on_two_ranks_equal_one_process(chain, world, parts, checkpoints, tmp_path):
-    """SFT on two ranks is in test_ranks.py and, between these two, in test_ckd.py."""
+    """DPT by torchrun; DFT too in test_resume.py, and SFT there and, between these two, in test_ckd.py."""
     student = ["--vision", parts["vision"], "--llm", parts["small"]]
     teacher = ["--teacher", checkpoints["large"]]
     launch("dpt.py", [*student, *teacher, *data_flags(world, out=tmp_path / "dpt", micro_batch=2)], ranks=2)
-    launch("dft.py", ["--student", f"{chain}/sft", *teacher,
-                      *data_flags(world, out=tmp_path / "dft", micro_batch=1)], ranks=2)
+    split = data_flags(world, out=tmp_path / "dft", micro_batch=1)
+    on_two_ranks(dft.main, ["--student", f"{chain}/sft", *teacher, *split])
     for stage in "dpt", "dft":
         same_losses(log_of(chain / stage), log_of(tmp_path / stage))
     assert {p.name for p in (tmp_path / "dft").iterdir()} >= {"model.safetensors", "log.jsonl", "run.json"}
