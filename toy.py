@@ -1,8 +1,8 @@
 """The papers' tables in a toy world: what distillation gains, with error bars, on two CPU cores.
 
-    python toy.py                        LLaVA-KD's Table 2, once: world, teacher, students, scores, report
-    python toy.py --table kd2 --seeds 5  five times, each with other scenes, starts and orders: verdicts
-    python toy.py --table mod4 ckd3      other tables; `lab/tables.py` has them all, a row is a list of stages
+    python toy.py                     LLaVA-KD and its controls, once: world, teacher, students, scores, page
+    python toy.py --seeds 5           five times, each with other scenes, starts and orders: verdicts
+    python toy.py --table mod4 ckd3   other tables; `lab/tables.py` has them all, a row is a list of stages
 
 The stages are the real ones, called with the flags of their command lines. Whatever rows share is trained
 once. The same command goes on where it was stopped, and keeps what was made by the same code and flags.
@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
-import importlib
 import itertools
 import json
+import os
 import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -24,9 +25,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lab import world
-from lab.results import write_report
+from lab.figures import draw_experts
+from lab.results import write_page
 from lab.tables import DEFAULTS, TABLES, TEACHERS, Table
-from lab.tasks import Task, count, do, score, train
+from lab.tasks import Task, compare, count, do, note, score, stage_of, train
 from support.flags import add_flags, cli, natural, new_parser, positive, require, to_argv
 from support.run import ROOT, code_of
 
@@ -35,8 +37,10 @@ SETTINGS = {"global_batch": BATCH, "micro_batch": BATCH, "max_len": 128, "worker
 SCRIPTS = {"pt": "dpt", "dpt": "dpt", "sft": "sft", "dft": "dft"}  # all others: steps of mod_distill
 DATA = {"pt": "pretrain", "dpt": "pretrain", "pd": "preference"}  # all others: as the table says
 OWN = argparse.ArgumentParser(allow_abbrev=False)  # flags of a stage that are the lab's own
-OWN.add_argument("--llm", choices=["small", "middle", "large"], default="small")
+OWN.add_argument("--llm", choices=sorted(p.name[5:] for p in world.BASE.glob("qwen-*")), default="small")
 OWN.add_argument("--teacher", choices=list(TEACHERS), default="teacher")
+OWN.add_argument("--fork", choices=sorted(p.stem for p in (ROOT / "docs/forks").glob("*.diff")))
+OWN.add_argument("--teacher2", choices=list(TEACHERS))
 code = functools.cache(code_of)
 
 
@@ -56,10 +60,21 @@ class Lab:
             shutil.rmtree(self.world, ignore_errors=True)
             world.write_world(self.world)
 
-    def plan(self, call: Callable, script: str, argv: list[str], out: Path, inputs: list[Path]) -> None:
+    def plan(self, call: Callable, script: Path, argv: list[str], out: Path, inputs: list[Path]) -> None:
         """Plan a task; what a kind of stage costs does not depend on the flags of one run of it."""
-        made = {"code": code(ROOT / f"{script}.py")} | ({"argv": argv} if call is not count else {})
+        made = {"code": code(script)} | ({"argv": argv} if call is not count else {})
         self.tasks.setdefault(out, Task(call, script, argv, out, inputs, made))
+
+    def fork(self, name: str) -> Path:
+        """The script of dft.py as a diff in docs/forks makes it, beside its losses.py."""
+        folder = self.out / "forks" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in "dft.py", "losses.py":
+            shutil.copy(ROOT / file, folder)
+        alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent.resolve())}  # of no repository
+        diff = ROOT / f"docs/forks/{name}.diff"
+        subprocess.run(["git", "apply", diff], cwd=folder, env=alone, check=True)
+        return folder.resolve() / "dft.py"
 
     def chain(self, recipe: str, data: str, scenes: int, seed: int, folder: Path | None = None) -> list[Path]:
         """Plan the stages of a recipe, each from the one before; returns their folders."""
@@ -67,8 +82,9 @@ class Lab:
         for k, text in enumerate(recipe.split(" | ")):
             name, *words = text.split()
             require(name in DEFAULTS, f"'{text}' is no stage: its name is one of {', '.join(DEFAULTS)}")
-            script, kind, (steps, lr) = SCRIPTS.get(name, "mod_distill"), DATA.get(name, data), DEFAULTS[name]
+            kind, (steps, lr) = DATA.get(name, data), DEFAULTS[name]
             own, words = OWN.parse_known_args(words)
+            script = self.fork(own.fork) if own.fork else ROOT / f"{SCRIPTS.get(name, 'mod_distill')}.py"
             flags = {"data": world.write_subset(self.world, kind, scenes, seed), "seed": seed + 100 * k}
             flags |= {"images": self.world / "images", "max_steps": steps, "lr": lr}
             inputs = folders[-1:]
@@ -79,16 +95,20 @@ class Lab:
             if name not in ("pt", "sft") and " --kl 0 " not in f"{text} ":
                 flags["teacher"] = self.teacher(own.teacher)[-1]
                 inputs.append(flags["teacher"])
-            if script == "mod_distill":
+            if own.teacher2:
+                flags["teacher2"] = self.teacher(own.teacher2)[-1]
+                inputs.append(flags["teacher2"])
+            if script.stem == "mod_distill":
                 flags["step"] = name
-            if script == "dpt":  # captions answer a question here, which the tiny language models know
+            if script.stem == "dpt":  # captions answer a question here, which the tiny language models know
                 flags["caption_only"] = False
-            usual = DATA.get(name, "mixed" if script == "mod_distill" else "finetune")
+            usual = DATA.get(name, "mixed" if script.stem == "mod_distill" else "finetune")
             name = slug(text) + f".{kind}" * (kind != usual)
             out = folders[-1].with_name(f"{folders[-1].name}-{name}") if folders else folder / name
             flags = {k: v for k, v in (SETTINGS | flags).items() if f"--{k}" not in words}
             argv = to_argv(**flags, out=out) + words
-            args = importlib.import_module(script).parse_args(argv)  # also refuses what it does not know
+            with stage_of(script) as stage:
+                args = stage.parse_args(argv)  # also refuses what it does not know
             argv += ["--epochs", str(args.max_steps // max(scenes // BATCH, 1) + 1)]  # enough
             self.plan(train, script, argv, out, [self.world, *inputs])
             self.plan(count, script, argv, self.out / "flops" / out.name, [out])
@@ -102,37 +122,42 @@ class Lab:
     def ask(self, table: Table, model: Path) -> None:
         """Plan what a model is asked: the questions, and to describe where it has learned to."""
         for file in (table.questions, "describe")[: 2 if table.data == "mixed" else 1]:
-            out = self.answers(file, model)
+            out = self.place("answers", file, model)
             how = {"metric": "exact", "max_new_tokens": 6}
             if file == "describe":
                 how = {"metric": "hallucination", "max_new_tokens": 18, "objects": self.world / "objects.txt"}
             argv = to_argv(model=model, questions=self.world / f"{file}.jsonl", images=self.world / "images",
                            out=out, batch=250, **how)
-            self.plan(score, "evaluate", argv, out, [self.world, model])
+            self.plan(score, ROOT / "evaluate.py", argv, out, [self.world, model])
+        teacher, out = self.teacher("teacher")[-1], self.place("nearness", table.questions, model)
+        argv = [*map(str, (model, teacher, self.world / f"{table.questions}.jsonl", self.world / "images"))]
+        self.plan(compare, ROOT / "lab/tasks.py", argv, out, [self.world, model, teacher])
 
-    def answers(self, questions: str, model: Path) -> Path:
-        return self.out / "answers" / questions / model.relative_to(self.out)
+    def place(self, kind: str, questions: str, model: Path) -> Path:
+        """Where it is kept what a model answers, or how near it is to the teacher."""
+        return self.out / kind / questions / model.relative_to(self.out)
 
     def row(self, table: Table, method: str, scenes: int, seed: int, stages: list[Path]) -> dict:
         """A row of the report: scores of the last stage's model, and what all stages took together."""
         asked = (self.world / f"{table.questions}.jsonl").read_text().splitlines()
         n = Counter(json.loads(line)["category"] for line in asked)
-        (said,) = json.loads((self.answers(table.questions, stages[-1]) / "scores.json").read_text()).values()
-        scores = said["by_category"]
+        scores = self.scores(table.questions, stages[-1])["by_category"]
         row = {"method": method, "seed": seed, "scenes": scenes}
         row["accuracy"] = sum(scores[k] * n[k] for k in world.SKILLS) / sum(n[k] for k in world.SKILLS)
-        row["by_category"] = scores
-        described = self.answers("describe", stages[-1]) / "scores.json"
+        row |= scores
         if table.data == "mixed":
-            (said,) = json.loads(described.read_text()).values()
+            said = self.scores("describe", stages[-1])
             row |= {key: said[key] for key in ("response_rate", "mention_rate", "recall")}
+        near = note(self.place("nearness", table.questions, stages[-1]))
+        row |= {key: value for key, value in near.items() if key.startswith(("agree", "KL"))}
         row["steps"] = sum(len((stage / "log.jsonl").read_text().splitlines()) for stage in stages)
-        seconds = (json.loads((stage / "run.json").read_text())["seconds"] for stage in stages)
-        reading = (json.loads(Path(f"{stage}.json").read_text()).get("reading", 0) for stage in stages)
-        row["seconds"] = sum(seconds) - sum(reading)
-        costs = (self.out / "flops" / f"{stage.name}.json" for stage in stages)
-        row["tflop"] = sum(json.loads(path.read_text())["tflop"] for path in costs)
-        return row | {"stages": [str(stage) for stage in stages]}
+        row["seconds"] = sum(note(stage)["seconds"] for stage in stages)
+        row["tflop"] = sum(note(self.out / "flops" / stage.name)["tflop"] for stage in stages)
+        return row
+
+    def scores(self, questions: str, model: Path) -> dict:
+        (scores,) = json.loads((self.place("answers", questions, model) / "scores.json").read_text()).values()
+        return scores
 
 
 def slug(text: str) -> str:
@@ -143,7 +168,7 @@ def slug(text: str) -> str:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add_flags(parser, "the experiment", [
-        ("--table", list(TABLES), ["kd2"], "tables to fill"),
+        ("--table", list(TABLES), ["ends"], "tables to fill"),
         ("--out", str, "out/toy", "folder for the world, all runs and the report"),
         ("--seeds", positive, 1, "how often each student is trained; at least 3 for a verdict"),
         ("--first_seed", natural, 0, "the first of the seeds"),
@@ -173,8 +198,16 @@ def main(argv: list[str] | None = None) -> None:
                 lab.ask(table, stages[-1])
                 planned.append((name, teacher.capitalize(), world.N_TRAIN, 0, stages))
     do(lab.tasks, args.jobs, lab.out)
-    rows = [{"table": name} | lab.row(TABLES[name], *rest) for name, *rest in planned]
-    print(write_report(lab.out, rows, command=argv or sys.argv[1:], seconds=time.time() - start))
+    command, seconds = argv or sys.argv[1:], time.time() - start
+    for name, group in itertools.groupby(planned, key=lambda plan: plan[0]):
+        plans, pictures = [rest for _, *rest in group], {}
+        if TABLES[name].figure == "experts":
+            models = {method: stages[-1] for method, _, seed, stages in plans if seed == args.first_seed}
+            pictures[f"{name}-experts.png"] = f"experts, seed {args.first_seed}"
+            draw_experts(models, lab.world, lab.out / f"{name}-experts.png")
+        rows = [lab.row(TABLES[name], *plan) for plan in plans]
+        print(write_page(lab.out, name, rows, command, seconds, pictures), end="\n\n")
+    print(f"The pages, with a legend, and their rows are in {lab.out}.")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,98 @@
-"""What a table's numbers do not show: which expert serves which kind of token, and what the relation loss
-changes. Both look at the first seed's models, on scenes of the training data.
+"""Figures of a table's rows; and what its numbers do not show: which expert serves which kind of token, of
+the first seed's models, on scenes of the training data.
+
+    python -m lab.figures docs/results/ceiling-*.json --picture ceiling.png    curves, a panel for each file
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import torch
 
 import moe
 from data import Batch, LlavaData
+from lab.intervals import grouped, interval
+from lab.tables import TABLES, Table
 from lab.world import COLORS, PLACES, SHAPES
-from losses import relation_loss, self_correlation
 from model import Llava
-from support.chunks import gram
+from support.flags import add_flags, cli, new_parser
 
 N = 300  # samples that are looked at, three of a scene
 KINDS = ("image: object", "image: nothing", "colour", "shape", "place", "other words")
+
+
+Groups = dict[tuple[str, int], list[dict]]  # the seeds of each row and number of scenes
+
+
+def half_of(values: list[float]) -> float:
+    """Half of an interval as it is drawn: of one value there is none."""
+    half = interval(values)[1]
+    return math.nan if math.isinf(half) else half
+
+
+def draw_table(table: Table, groups: Groups, path: Path) -> None:
+    """Bars with intervals, a teacher's too; lines, if the number of scenes varies."""
+    from matplotlib.figure import Figure
+
+    one = len(table.scenes) == 1
+    accuracies = {key: [row["accuracy"] for row in group] for key, group in groups.items()}
+    names = [key for key in accuracies if one or key[0] not in table.rows]
+    figure = Figure(figsize=(8, 0.42 * len(names) + 1.4 if one else 4.6), layout="constrained")
+    axis = figure.subplots()
+    if one:
+        for k, key in enumerate(names):
+            mean, half = interval(accuracies[key])[0], half_of(accuracies[key])
+            color = "#93c5fd" if key[0] in table.rows else "#d4d4d4"
+            axis.barh(k, mean, xerr=half, color=color, capsize=3)
+            axis.text(mean + (0 if math.isnan(half) else half), k, f"  {mean:.1f}", va="center", fontsize=9)
+        axis.set(yticks=range(len(names)), yticklabels=[name for name, _ in names])
+        axis.set_xlabel("accuracy, %" + ", with its 95 % interval" * (len(next(iter(groups.values()))) > 1))
+        axis.invert_yaxis()
+        axis.set_xlim(right=1.1 * axis.get_xlim()[1])  # room for the numbers
+    else:
+        for k, name in enumerate(table.rows):
+            points = [accuracies[name, n] for n in table.scenes]
+            scenes = [n * (1 + 0.03 * k) for n in table.scenes]  # so that no interval hides another
+            means, halves = [interval(values)[0] for values in points], [*map(half_of, points)]
+            axis.errorbar(scenes, means, halves, marker="o", capsize=3, label=name)
+        for key in names:
+            axis.axhline(accuracies[key][0], color="k", ls=":", lw=1, label=key[0])
+        axis.set(xscale="log", xlabel="scenes that the student sees", ylabel="accuracy, %")
+        axis.set_xticks(table.scenes, [f"{n:,}" for n in table.scenes])
+        axis.minorticks_off()
+        axis.legend(frameon=False)
+    axis.set_title(table.title, fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def draw_curves(tables: dict[str, Groups], path: Path) -> None:
+    """Accuracy against FLOPs, a panel for each table; a curve has the rows whose names differ in their last
+    word, a number of steps.
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(2, len(tables))
+    figure = Figure(figsize=(5.2 * columns, 3.6 * -(-len(tables) // columns)), layout="constrained")
+    axes = figure.subplots(-(-len(tables) // columns), columns, sharey=True, squeeze=False).flat
+    for axis, (title, groups) in zip(axes, tables.items()):
+        curves: dict[str, list] = {}
+        for (name, _), group in groups.items():
+            values = [row["accuracy"] for row in group]
+            if name == "Teacher":
+                axis.axhline(values[0], color="k", ls=":", lw=1, label=name)
+            else:
+                point = group[0]["tflop"], interval(values)[0], half_of(values)
+                curves.setdefault(name.rsplit(" ", 1)[0], []).append(point)
+        for name, points in curves.items():
+            axis.errorbar(*zip(*sorted(points)), marker="o", ms=4, capsize=3, label=name)
+        axis.set(xscale="log", xlabel="TFLOP of all stages", ylabel="accuracy, %")
+        axis.set_title(title, fontsize=9)
+        axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def read_batch(model: Llava, world: Path) -> tuple[Batch, list[str]]:
@@ -45,11 +119,11 @@ def kinds_of(model: Llava, batch: Batch, captions: list[str]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def draw_experts(models: dict[str, str], world: Path, path: Path) -> None:
+def draw_experts(models: dict[str, Path], world: Path, path: Path) -> None:
     """The first sparse layer of every sparse model: what share of a kind's choices each expert is."""
     from matplotlib.figure import Figure
 
-    loaded = {name: Llava.from_checkpoint(model) for name, model in models.items()}
+    loaded = {name: Llava.from_checkpoint(str(model)) for name, model in models.items()}
     sparse = {name: model.eval() for name, model in loaded.items() if moe.is_sparse(model)}
     size = (3 * len(sparse) + 1.2, 3)
     figure = Figure(figsize=size, layout="constrained")
@@ -72,33 +146,15 @@ def draw_experts(models: dict[str, str], world: Path, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-@torch.no_grad()
-def draw_relations(models: dict[str, str], world: Path, path: Path) -> None:
-    """R of Eq. (4) for one scene, divided by its norm, of students and the teacher, which is the last model;
-    and L_rel, the mean over the scenes that are looked at.
-    """
-    from matplotlib.figure import Figure
+def main(argv: list[str] | None = None) -> None:
+    parser = new_parser(__doc__)
+    parser.add_argument("files", nargs="+", help="JSON files of rows, as toy.py writes them")
+    add_flags(parser, "the picture", [("--picture", str, "out/curves.png", "where to draw it")])
+    args = parser.parse_args(argv)
+    tables = {TABLES[Path(file).stem].title: grouped(json.loads(Path(file).read_text())["rows"])
+              for file in args.files}
+    draw_curves(tables, Path(args.picture))
 
-    found = {}
-    for name, checkpoint in models.items():
-        model = Llava.from_checkpoint(checkpoint).eval()
-        batch, _ = read_batch(model, world)
-        z = model.encode_images(batch.pixel_values)
-        h = model(batch.input_ids, z)[batch.visual].unflatten(0, z.shape[:2])  # (n, Np, D)
-        r = self_correlation(h, gram(model.lm_head.weight, len(model.lm_head.weight)))
-        found[name] = r / r.flatten(1).norm(dim=1).view(-1, 1, 1)
-    *_, teacher = found.values()
-    rows, columns = -(-(len(found) + 1) // 5), min(5, len(found) + 1)
-    figure = Figure(figsize=(2.6 * columns, 2.9 * rows), layout="constrained")
-    scene, *axes = figure.subplots(rows, columns, squeeze=False).flat
-    scene.imshow(batch.pixel_values[0].permute(1, 2, 0).numpy())
-    scene.set_title("the scene, 4 x 4 patches", fontsize=9)
-    for axis, (name, r) in zip(axes, found.items()):
-        most = float(teacher[0].abs().max())
-        axis.imshow(r[0].numpy(), cmap="RdBu", vmin=-most, vmax=most)
-        l_rel = relation_loss(r, teacher, 1 / len(r))
-        axis.set_title(f"{name}\nL_rel to the teacher {l_rel:.3f}", fontsize=9)
-    for axis in (scene, *axes):
-        axis.axis("off")
-    figure.suptitle("R of LLaVA-KD's Eq. (4), between the patches", fontsize=10)
-    figure.savefig(path, dpi=110)
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,8 +1,9 @@
 """The ablations of the three papers as data, read as the papers' tables: a row is a list of stages.
 
 A stage is its name and flags of its script, as they are typed: "dpt --gamma 0 | sft | dft". `pt` is dpt.py
-without a teacher; d2d, d2s and pd are steps of mod_distill.py. Two flags are the lab's own: --llm, a toy
-model's size (large, middle or, by default, small), and --teacher, one of TEACHERS. A new idea is one row.
+without a teacher; d2d, d2s and pd are steps of mod_distill.py. Some flags are the lab's own: --llm, a model
+of assets/toy (by default small); --teacher, one of TEACHERS; and --fork, a diff of docs/forks. A row that is
+not in the paper's table ends with *. A new idea is one row.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ TEACHERS = {
     "distilled": f"dpt --llm middle {CKD} | sft --max_steps 2000 --lr 1e-3 | dft {CKD}",
 }
 # The last stage of controls without distillation that take as long, or as many FLOPs, as DPT+SFT+DFT.
-TIME, FLOPS = "sft --max_steps 1400 --lr 4e-3", "sft --max_steps 3660 --lr 8e-3"
+TIME, FLOPS = "sft --max_steps 1400 --lr 4e-3", "sft --max_steps 3500 --lr 8e-3"
 
 
 class Table(NamedTuple):
@@ -31,7 +32,8 @@ class Table(NamedTuple):
     data: str = "finetune"  # what all but PT, DPT and PD read: questions, or "mixed" with descriptions
     scenes: tuple[int, ...] = (400,)  # that the student sees; each row is trained on each number of them
     questions: str = "questions"  # what is asked
-    figure: str = ""  # what else is drawn, by lab.figures
+    figure: str = ""  # "curves" in the place of bars, or "experts" too: see lab.figures
+    holm: bool = False  # whether verdicts are corrected for the number of claims
 
 
 def cascade(*teachers: str) -> str:
@@ -39,17 +41,37 @@ def cascade(*teachers: str) -> str:
     return " | ".join(f"dpt --teacher {t} {CKD} | sft | dft --teacher {t} {CKD}" for t in teachers)
 
 
-def at(stages: str) -> dict[str, str]:
+def at(stages: str, *rates: str) -> dict[str, str]:
     """Rows that differ in the peak learning rate of the last stage."""
-    rows = (f"{stages.split(' --lr ')[0]} --lr {rate}" for rate in ("2e-3", "4e-3", "8e-3", "1.6e-2"))
+    rates = rates or ("2e-3", "4e-3", "8e-3", "1.6e-2")
+    rows = (f"{stages.split(' --lr ')[0]} --lr {rate}" for rate in rates)
     return {row.replace(" | ", ", "): row for row in rows}
+
+
+def ceiling(title: str, llm: str, sft: str, dft: str) -> Table:
+    """The last stage, longer and longer: SFT, DFT, and DFT followed by SFT, at these learning rates."""
+    rows = {}
+    for n in 400, 800, 1600, 3200, 6400, 12800:
+        rows[f"SFT {n}"] = f"pt --llm {llm} | sft --max_steps {n} --lr {sft}"
+        if n <= 6400:
+            half = f"--max_steps {n // 2} --lr"
+            rows[f"DFT {n}"] = f"pt --llm {llm} | dft --max_steps {n} --lr {dft}"
+            rows[f"DFT, SFT {n}"] = f"pt --llm {llm} | dft {half} {dft} | sft {half} {sft}"
+    claims = [(f"{kind} {n}", f"SFT {m * n}") for m in (1, 2) for kind in ("DFT", "DFT, SFT")
+              for n in (400, 800, 1600, 3200, 6400)]  # twice the steps of SFT take as long as DFT's
+    flat = [("DFT 6400", "DFT 3200"), ("SFT 6400", "SFT 3200"), ("SFT 12800", "SFT 6400")]
+    return Table(f"How far a student gets: {title}", rows, claims + flat, scenes=(16000,), figure="curves")
 
 
 SFT, KD, MIMIC, LIES = "pt | sft", "dpt | sft | dft", "pt | d2d | d2s", ("response_rate", "mention_rate")
 SPARSE = "pt | d2d --kl 0 --ar 1 | d2s --kl 0"  # MIMIC without a teacher
-METHOD = {"PT+SFT": SFT, "PT+SFT+SFT, equal time": f"{SFT} | {TIME}",
-          "PT+SFT+SFT, equal FLOPs": f"{SFT} | {FLOPS}", "DPT+SFT+DFT": KD}
+METHOD = {"PT+SFT": SFT, "PT+SFT+SFT, equal time *": f"{SFT} | {TIME}",
+          "PT+SFT+SFT, equal FLOPs *": f"{SFT} | {FLOPS}", "DPT+SFT+DFT": KD}
 BEST = [("DPT+SFT+DFT", control) for control in list(METHOD)[:3]]
+STUDENTS = {"16x1": "16 wide, 1 layer", "16x2": "16 wide, 2 layers", "24x2": "24 wide, 2 layers",
+            "small": "32 wide, 2 layers"}  # of the tables `ceiling`
+IDEAS = ("reverse_kl", "skewed_kl", "jsd", "top_k", "entropy", "decoupled", "projector_relation", "affinity",
+         "attention", "two_teachers --teacher2 assistant", "learned_weights", "on_policy")  # docs/forks
 TERMS = {
     "L_res alone": "dpt --gamma 0 --targets response | sft | dft --gamma 0 --targets response",
     "L_vis alone": "dpt --gamma 0 --targets visual | sft | dft --gamma 0 --targets visual",
@@ -63,10 +85,9 @@ TABLES = {
         "PT+DFT": "pt | dft",
         "DPT+SFT": "dpt | sft",
         "DPT+DFT": "dpt | dft",
-        "PT+SFT+DFT": "pt | sft | dft",
+        "PT+SFT+DFT *": "pt | sft | dft",
     }, [*BEST, ("PT+DFT", "PT+SFT"), ("DPT+SFT", "PT+SFT"), ("DPT+DFT", "DPT+SFT"),
-        ("DPT+SFT+DFT", "DPT+SFT"), ("DPT+SFT+DFT", "DPT+DFT"), ("DPT+SFT+DFT", "PT+SFT+DFT")],
-        figure="relations"),
+        ("DPT+SFT+DFT", "DPT+SFT"), ("DPT+SFT+DFT", "DPT+DFT"), ("DPT+SFT+DFT", "PT+SFT+DFT *")]),
     "kd3": Table("LLaVA-KD, Table 3 (A1, A2): MDist and RDist, in DPT and in DFT", {
         "DPT by RDist, SFT": "dpt --targets | sft",
         "DPT by MDist, SFT": "dpt --gamma 0 | sft",
@@ -89,13 +110,13 @@ TABLES = {
     }, [(f"{stage}: answers, images", f"{stage}: {other}") for stage in ("DPT", "DFT")
         for other in ("answers", "answers, prompts", "all")]),
     "mod4": Table("LLaVA-MoD, Tables 3 and 4: preference distillation", {
-        "mimic": MIMIC, "mimic, equal time": f"{MIMIC} --max_steps 600", "mimic, PD": f"{MIMIC} | pd"
-    }, [*(("mimic, PD", other, rate) for other in ("mimic", "mimic, equal time") for rate in LIES),
+        "mimic": MIMIC, "mimic, equal time *": f"{MIMIC} --max_steps 600", "mimic, PD": f"{MIMIC} | pd"
+    }, [*(("mimic, PD", other, rate) for other in ("mimic", "mimic, equal time *") for rate in LIES),
         ("mimic", "mimic, PD", "accuracy"), ("mimic", "mimic, PD", "recall")], "mixed"),
     "mod5": Table("LLaVA-MoD, Table 5: KD against SFT of the same sparse student", {
-        "SFT": SPARSE, "SFT, equal time": f"{SPARSE} --max_steps 950",
-        "SFT, equal FLOPs": f"{SPARSE} --max_steps 3200", "KD": MIMIC,
-    }, [("KD", control) for control in ("SFT", "SFT, equal time", "SFT, equal FLOPs")], "mixed"),
+        "SFT": SPARSE, "SFT, equal time *": f"{SPARSE} --max_steps 950",
+        "SFT, equal FLOPs *": f"{SPARSE} --max_steps 3200", "KD": MIMIC,
+    }, [("KD", control) for control in ("SFT", "SFT, equal time *", "SFT, equal FLOPs *")], "mixed"),
     "mod6": Table("LLaVA-MoD, Table 6: dense first, or sparse at once (on the same data here)", {
         "D2S": "pt | d2s --max_steps 800", "D2D+D2S": MIMIC
     }, [("D2D+D2S", "D2S")], "mixed"),
@@ -107,8 +128,8 @@ TABLES = {
     "mod8": Table("LLaVA-MoD, Table 8: sparse E4T1 against dense", {
         "dense": "pt | d2d | d2d --ar 1 --lr 8e-3",
         "sparse": f"{MIMIC} --top_k 1 --no-renormalise",
-        "sparse, values divided by their sum": f"{MIMIC} --top_k 1",
-    }, [("sparse", "dense"), ("sparse, values divided by their sum", "dense")], "mixed"),
+        "sparse, values divided by their sum *": f"{MIMIC} --top_k 1",
+    }, [("sparse", "dense"), ("sparse, values divided by their sum *", "dense")], "mixed"),
     "mod12": Table("LLaVA-MoD, Tables 12 and 13: experts, and experts a token", {
         "E4T1": f"{MIMIC} --top_k 1 --no-renormalise", "E4T2": MIMIC, "E8T2": f"{MIMIC} --experts 8"
     }, [("E4T2", "E8T2"), ("E4T2", "E4T1")], "mixed", figure="experts"),
@@ -122,28 +143,39 @@ TABLES = {
         "PT+SFT": SFT,
         "KD by the assistant": cascade("assistant"),
         "KD by the teacher": cascade("teacher"),
-        "KD by the teacher, twice": cascade("teacher", "teacher"),
+        "KD by the teacher, twice *": cascade("teacher", "teacher"),
         "CKD": cascade("assistant", "teacher"),
     }, [("KD by the teacher", "PT+SFT"), ("KD by the teacher", "KD by the assistant"),
-        ("CKD", "KD by the teacher"), ("CKD", "KD by the teacher, twice")]),
+        ("CKD", "KD by the teacher"), ("CKD", "KD by the teacher, twice *")]),
     "ckd3": Table("LLaVA-CKD, Table 3: who learns from whom", {
-        "top-down": cascade("distilled"), "top-down, as many steps": cascade("distilled", "distilled"),
+        "top-down": cascade("distilled"), "top-down, as many steps *": cascade("distilled", "distilled"),
         "bottom-up": cascade("assistant", "teacher"),
-    }, [("bottom-up", "top-down"), ("bottom-up", "top-down, as many steps")]),
+    }, [("bottom-up", "top-down"), ("bottom-up", "top-down, as many steps *")]),
     "curve": Table("The gain against the number of the student's scenes", {
-        "PT+SFT+SFT, equal time": f"{SFT} | {TIME}",
+        "PT+SFT+SFT, equal time *": f"{SFT} | {TIME}",
         "DPT+SFT+DFT": KD,
-    }, [("DPT+SFT+DFT", "PT+SFT+SFT, equal time")], scenes=(200, 400, 1000, 4000, 16000)),
+    }, [("DPT+SFT+DFT", "PT+SFT+SFT, equal time *")], scenes=(200, 400, 1000, 4000, 16000)),
     "ends": Table("LLaVA-KD against both controls, at both ends", METHOD, BEST, scenes=(200, 16000)),
     "terms": Table("The terms of the loss one at a time, and more steps", METHOD | TERMS,
-        [*((row, "PT+SFT+SFT, equal time") for row in ("DPT+SFT+DFT", *TERMS)),
-         ("DPT+SFT+DFT, as many steps", "PT+SFT+SFT, equal FLOPs")], scenes=(200, 16000)),
+        [*((row, "PT+SFT+SFT, equal time *") for row in ("DPT+SFT+DFT", *TERMS)),
+         ("DPT+SFT+DFT, as many steps", "PT+SFT+SFT, equal FLOPs *")], scenes=(200, 16000)),
     "wide": Table("The gain of a wider student", {
-        "PT+SFT+SFT, equal time": f"pt --llm middle | sft | {TIME}",
+        "PT+SFT+SFT, equal time *": f"pt --llm middle | sft | {TIME}",
         "DPT+SFT+DFT": "dpt --llm middle | sft | dft",
-    }, [("DPT+SFT+DFT", "PT+SFT+SFT, equal time")], scenes=(400, 4000, 16000)),
+    }, [("DPT+SFT+DFT", "PT+SFT+SFT, equal time *")], scenes=(400, 4000, 16000)),
     "rates": Table("Learning rates of the last stage, on questions of their own", at(SFT)
         | at(f"{SFT} | {TIME}") | at(f"{SFT} | {FLOPS}") | at(KD), [], scenes=(400, 16000), questions="val"),
     "rates-mod": Table("Learning rates of the last stage of LLaVA-MoD, on questions of their own",
         at(MIMIC) | at(f"{SPARSE} --max_steps 750"), [], "mixed", questions="val"),
+    "rates-ceiling": Table("Learning rates of a longer last stage, on questions of their own", {
+        name: row for llm in STUDENTS for last in ("sft", "dft")
+        for name, row in at(f"pt --llm {llm} | {last} --max_steps 1600", "4e-3", "8e-3", "1.6e-2").items()
+    }, [], scenes=(16000,), questions="val"),
+    "ceiling-16x1": ceiling(STUDENTS["16x1"], "16x1", sft="8e-3", dft="8e-3"),
+    "ceiling-16x2": ceiling(STUDENTS["16x2"], "16x2", sft="8e-3", dft="8e-3"),
+    "ceiling-24x2": ceiling(STUDENTS["24x2"], "24x2", sft="8e-3", dft="8e-3"),
+    "ceiling-32x2": ceiling(STUDENTS["small"], "small", sft="8e-3", dft="8e-3"),
+    "forks": Table("Twelve ideas against LLaVA-KD", {
+        "LLaVA-KD": KD, **{idea.split()[0]: f"{KD} --fork {idea}" for idea in IDEAS}
+    }, [(idea.split()[0], "LLaVA-KD") for idea in IDEAS], scenes=(200, 16000), holm=True),
 }

@@ -10,6 +10,7 @@ import os
 import re
 import statistics
 import sys
+import time
 from collections import Counter
 from concurrent.futures import Executor, Future
 from itertools import product
@@ -23,8 +24,9 @@ from transformers import AutoProcessor
 
 import ckd
 import toy
-from lab import results, tasks, world
+from lab import intervals, results, tasks, world
 from lab.tables import DEFAULTS, TABLES, TEACHERS, Table, cascade
+from model import Llava
 from support.flags import InputError
 
 WORDS = [*world.COLORS, *world.SHAPES]
@@ -163,7 +165,8 @@ def test_every_row_is_read_by_its_scripts_and_every_claim_names_rows(lab):
         assert all(i in lab.tasks for i in task.inputs if i != lab.world)
         if task.call is tasks.train and "seed3" in str(out):
             batches = int(re.search(r"-(\d+)-seed3", flag(task.argv, "data"))[1]) // 32  # of one epoch
-            steps = importlib.import_module(task.script).parse_args(task.argv).max_steps
+            with tasks.stage_of(task.script) as stage:
+                steps = stage.parse_args(task.argv).max_steps
             assert int(flag(task.argv, "epochs")) * batches >= steps
 
 
@@ -174,30 +177,32 @@ def test_a_row_or_claim_with_a_slip_is_refused_before_anything_is_trained(lab, t
         with pytest.raises(SystemExit):
             lab.chain(f"dpt {flag}", "finetune", 400, 0)
         assert flag.split()[1 if flag[2] != "g" else 0] in capsys.readouterr().err
-    monkeypatch.setitem(TABLES, "kd2", Table("t", {"a": "pt"}, [("a", "b")]))
+    monkeypatch.setitem(TABLES, "ends", Table("t", {"a": "pt"}, [("a", "b")]))
     monkeypatch.setattr(toy, "do", lambda *_: pytest.fail("trained"))
-    with pytest.raises(InputError, match="a claim of kd2 is about a row that the table has not"):
+    with pytest.raises(InputError, match="a claim of ends is about a row that the table has not"):
         toy.main(["--out", str(tmp_path)])
     with pytest.raises(InputError, match="--table names no table; there are kd2, kd3"):
         toy.main(["--table", "--out", str(tmp_path)])
 
 
-@pytest.mark.parametrize("name", [name for name, table in TABLES.items() if table.claims])
-def test_the_published_rows_are_those_of_the_tables_and_no_control_took_less(name):
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "docs/results").glob("*.json"))])
+def test_a_published_page_is_of_its_rows_those_of_its_table_and_no_control_took_less(name):
     """A control of equal FLOPs has no fewer than what it controls, and one of equal time 90 % of the seconds:
     those of one machine vary.
     """
-    page = (ROOT / "docs/results" / f"{name}.md").read_text()
-    rows = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in page.splitlines() if "|" in line]
-    number = lambda text: float(text.replace(",", ""))
-    costs = {(row[0], number(row[1])): [number(cell) for cell in row[-3:]] for row in rows
-             if row[0] in TABLES[name].rows}
-    assert costs.keys() == set(product(TABLES[name].rows, TABLES[name].scenes))
-    for (row, _), (steps, *_) in costs.items():
-        stages = [re.match(r"(\w+)(?:.* --max_steps (\d+))?", s) for s in TABLES[name].rows[row].split(" | ")]
-        assert steps == sum(int(stage[2] or DEFAULTS[stage[1]][0]) for stage in stages), row
-    for (better, worse, *_), scenes in product(TABLES[name].claims, TABLES[name].scenes):
-        (_, *mine), (_, *control) = costs[better, scenes], costs[worse, scenes]
+    found, table = read(ROOT / f"docs/results/{name}.json"), TABLES[name]
+    page = results.page_of(name, **found) + f"\n\n{results.LEGEND}\n"
+    assert page == (ROOT / f"docs/results/{name}.md").read_text()
+    assert all((ROOT / "docs/results" / picture).exists() for picture in found["pictures"])
+    groups = results.grouped([row for row in found["rows"] if row["method"] in table.rows])
+    assert groups.keys() == set(product(table.rows, table.scenes))
+    assert len({tuple(row["seed"] for row in group) for group in groups.values()}) == 1
+    for (method, _), group in groups.items():
+        stages = [re.match(r"(\w+)(?:.* --max_steps (\d+))?", s) for s in table.rows[method].split(" | ")]
+        wanted = sum(int(stage[2] or DEFAULTS[stage[1]][0]) for stage in stages)
+        assert {row["steps"] for row in group} == {wanted}
+    for (better, worse, *_), scenes in product(table.claims, table.scenes):
+        mine, control = (results.costs_of(groups[method, scenes]) for method in (better, worse))
         if better in ("DPT+SFT+DFT", "KD", "mimic, PD"):  # whose controls they are
             assert control[0] >= 0.9 * mine[0] or "equal time" not in worse, worse
             assert control[1] >= mine[1] or "equal FLOPs" not in worse, worse
@@ -222,7 +227,7 @@ def test_stages_that_rows_share_are_planned_once(lab):
 
 def test_what_is_made_by_other_flags_or_code_or_before_its_inputs_is_made_again(tmp_path):
     def task(out: str, *inputs: Path, call=tasks.score, **made: object) -> tasks.Task:
-        return tasks.Task(call, "sft", [], tmp_path / out, list(inputs), made)
+        return tasks.Task(call, ROOT / "sft.py", [], tmp_path / out, list(inputs), made)
 
     before, after = task("a", argv=["--lr", "1"], code={"sft.py": "1"}), tmp_path / "a"
     assert not before.is_done()
@@ -264,6 +269,32 @@ def test_a_sample_is_read_once_whatever_file_it_is_in(world, checkpoints, tmp_pa
     assert asked == [i for data in (first, longer, captions) for i in range(len(data))]
 
 
+def test_how_near_a_student_is_to_its_teacher(small, checkpoints, tmp_path):
+    """Against a loop over samples and rows of the whole logits."""
+    argv = [checkpoints["small"], checkpoints["large"], str(small / "val.jsonl"), str(small / "images")]
+    tasks.compare(tasks.Task(tasks.compare, ROOT / "lab/tasks.py", argv, tmp_path / "near", [], {}))
+    student, teacher = (Llava.from_checkpoint(path).eval() for path in argv[:2])
+    asked = [q for q in read(small / "val.jsonl") if q["category"] in world.SKILLS]
+    records = [world.sample("0", q["image"], f"<image>\n{q['text']}", q["label"]) for q in asked]
+    (tmp_path / "asked.json").write_text(json.dumps(records))
+    data = open_data(tmp_path / "asked.json", small / "images", student.processor)
+    found = {"answers": [], "images": []}
+    for i in range(len(data)):
+        batch = data.collate([data[i]])
+        z = [model.encode_images(batch.pixel_values) for model in (student, teacher)]
+        logits = [m.lm_head(m(batch.input_ids, x))[0] for m, x in zip((student, teacher), z)]
+        for kind, rows in ("answers", batch.response), ("images", batch.visual):
+            for s, t in zip(*(x[rows[0]] for x in logits)):
+                n = min(len(s), len(t))
+                s, t = s[:n].log_softmax(-1), t[:n].log_softmax(-1)
+                found[kind].append((100 * bool(s.argmax() == t.argmax()), (t.exp() * (t - s)).sum().item()))
+    for kind, pairs in found.items():
+        agree, kl = (statistics.fmean(values) for values in zip(*pairs))
+        near = tasks.note(tmp_path / "near")
+        assert near[f"agree, {kind}"] == pytest.approx(agree)
+        assert near[f"KL, {kind}"] == pytest.approx(kl, rel=1e-4)
+
+
 def test_a_step_costs_all_of_its_products(tmp_path, monkeypatch):
     """Also those that are added in place, as to the gradient of the head, and attention's."""
 
@@ -276,20 +307,81 @@ def test_a_step_costs_all_of_its_products(tmp_path, monkeypatch):
     stage = SimpleNamespace(main=main, parse_args=lambda argv: SimpleNamespace(max_steps=7))
     monkeypatch.setitem(sys.modules, "stage", stage)
     argv = ["--out", "o", "--max_steps", "7"]
-    tasks.count(tasks.Task(tasks.count, "stage", argv, tmp_path / "cost", [], {}))
+    tasks.count(tasks.Task(tasks.count, ROOT / "stage.py", argv, tmp_path / "cost", [], {}))
     a_step = 2 * (3 * 4 * 5 + 3 * 5 * 2 + 2 * 6 * 6 * 8)
     assert read(tmp_path / "cost.json")["tflop"] == pytest.approx(7 * a_step / 1e12)
 
 
-def test_a_row_takes_what_its_stages_take_without_reading(lab, tmp_path):
+def test_a_fork_is_the_stage_of_its_diff_and_is_forgotten_afterwards(lab):
+    plain, *forks = (lab.chain(f"dpt | sft | dft{fork}", "finetune", 400, 0)[-1]
+                     for fork in ("", " --fork jsd", " --fork two_teachers --teacher2 assistant"))
+    jsd, two = (lab.tasks[fork] for fork in forks)
+    assert lab.tasks[plain].inputs[:2] == jsd.inputs[:2]  # the world, and the same student
+    assert jsd.made["code"] != lab.tasks[plain].made["code"] and plain.name + ".fork=jsd" == jsd.out.name
+    assert flag(two.argv, "teacher2") == str(lab.teacher("assistant")[-1]) == str(two.inputs[-1])
+    ours, losses = importlib.import_module("dft"), importlib.import_module("losses")
+    for task in jsd, two:
+        with tasks.stage_of(task.script) as stage:
+            assert Path(stage.__file__) == task.script != Path(ours.__file__)
+            assert hasattr(importlib.import_module("losses"), "jsd") == (task is jsd)
+        assert importlib.import_module("dft") is ours and importlib.import_module("losses") is losses
+    with tasks.stage_of(ROOT / "dft.py") as stage:
+        assert stage is ours
+
+
+def test_seconds_of_a_stage_are_the_processors_and_go_on(tmp_path, monkeypatch):
+    def main(argv):
+        start = time.process_time()
+        while time.process_time() < start + 0.2:
+            pass
+        time.sleep(0.5)  # other programs run
+        tasks.reading.seconds += 0.1
+        if not (tmp_path / "again").exists():
+            (tmp_path / "again").touch()
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "stage", SimpleNamespace(main=main))
+    task = tasks.Task(tasks.train, ROOT / "stage.py", [], tmp_path / "out", [], {"code": "1"})
+    with pytest.raises(KeyboardInterrupt):
+        tasks.train(task)
+    assert 0.1 <= tasks.note(task.out)["seconds"] < 0.3
+    tasks.train(task)
+    assert 0.2 <= tasks.note(task.out)["seconds"] < 0.5
+    tasks.train(task._replace(made={"code": "2"}))  # anew
+    assert 0.1 <= tasks.note(task.out)["seconds"] < 0.3
+
+
+def test_what_all_else_waits_for_is_done_first_and_the_bar_knows_what_is_left(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tasks, "ProcessPoolExecutor", Here)
+    (tmp_path / "teacher").mkdir()
+    made, names = [], {"seed0/a": (100, []), "teacher/t": (50, []), "seed0/b": (100, ["teacher/t"]),
+                       "seed0/c": (100, ["seed0/b"]), "seed0/done": (9000, [])}
+    monkeypatch.setattr(tasks, "train", lambda task: made.append(task.out.name))
+    plan = {}
+    for name, (n, inputs) in names.items():
+        out, argv, inputs = tmp_path / name, ["--max_steps", str(n)], [tmp_path / i for i in inputs]
+        plan[out] = tasks.Task(tasks.train, ROOT / "sft.py", argv, out, inputs, {})
+    monkeypatch.setattr(tasks.Task, "is_done", lambda task: task.out.name == "done")
+    tasks.do(plan, 1, tmp_path)
+    assert made == ["t", "b", "a", "c"] or made == ["t", "b", "c", "a"]
+    assert [tasks.work_of(task) for task in plan.values()] == [100, 250, 100, 100, 9000]
+    assert "100% |" in capsys.readouterr().err
+    (tmp_path / "seed0/a").mkdir(parents=True)
+    (tmp_path / "seed0/a/log.jsonl").write_text("{}\n" * 25)
+    assert tasks.done_of(plan[tmp_path / "seed0/a"]) == 25 and tasks.done_of(plan[tmp_path / "seed0/b"]) == 0
+
+
+def test_a_row_takes_what_its_stages_take(lab, tmp_path):
     stages = lab.chain("pt | sft", "finetune", 400, 0)
-    for stage, (seconds, reading) in zip(stages, ((5, 2), (4, 0.5))):
+    lab.ask(TABLES["kd2"], stages[-1])
+    for stage, seconds in zip(stages, (3, 3.5)):
         stage.mkdir(parents=True)
-        (stage / "run.json").write_text(json.dumps({"seconds": seconds}))
         (stage / "log.jsonl").write_text("{}\n" * 3)
-        lab.tasks[stage].record(reading=reading)
+        lab.tasks[stage].record(seconds=seconds)
         lab.tasks[tmp_path / "flops" / stage.name].record(tflop=0.25)
-    answers = lab.answers("questions", stages[-1])
+    near = {"agree, answers": 70.0, "KL, images": 0.5}
+    lab.tasks[lab.place("nearness", "questions", stages[-1])].record(**near)
+    answers = lab.place("answers", "questions", stages[-1])
     answers.mkdir(parents=True)
     scores = {"by_category": dict.fromkeys(world.SKILLS, 50.0)}
     (answers / "scores.json").write_text(json.dumps({"sft": scores}))
@@ -297,6 +389,7 @@ def test_a_row_takes_what_its_stages_take_without_reading(lab, tmp_path):
     (lab.world / "questions.jsonl").write_text(questions)
     row = lab.row(TABLES["kd2"], "PT+SFT", 400, 0, stages)
     assert (row["seconds"], row["steps"], row["tflop"], row["accuracy"]) == (6.5, 6, 0.5, 50)
+    assert near.items() <= row.items()
 
 
 @pytest.mark.parametrize("strategy", ["bottom-up", "top-down"])
@@ -313,7 +406,7 @@ def test_a_cascade_has_the_stages_of_ckd(lab, strategy):
     else:
         folders = lab.chain(cascade("assistant", "teacher"), "finetune", 400, 0)
     planned = [lab.tasks[out] for out in folders]
-    mine = [(t.script, importlib.import_module(t.script).parse_args(t.argv)) for t in planned]
+    mine = [(t.script.stem, importlib.import_module(t.script.stem).parse_args(t.argv)) for t in planned]
     assert [script for script, _ in mine] == [script for script, _ in wanted]
     place = dict(zip((args.out for _, args in wanted), map(str, folders)))
     for (_, ours), (_, theirs) in zip(mine, wanted):
@@ -330,43 +423,66 @@ def test_a_cascade_has_the_stages_of_ckd(lab, strategy):
 
 
 def test_intervals_are_students_t():
-    mean, half = results.interval([60.0, 62.0, 67.0])
-    assert mean == 63 and half == pytest.approx(4.303 * math.sqrt(13) / math.sqrt(3))
+    mean, half = intervals.interval([60.0, 62.0, 67.0])
+    assert mean == 63 and half == pytest.approx(4.30265 * math.sqrt(13) / math.sqrt(3), rel=1e-5)
     for freedom, known in {4: 2.776, 15: 2.131, 30: 2.042, 120: 1.980}.items():
-        assert results.t_975(freedom) == pytest.approx(known, abs=2e-3)
-    assert results.interval([5.0]) == (5.0, math.inf)
+        assert intervals.t_975(freedom) == pytest.approx(known, abs=2e-3)
+    assert intervals.interval([5.0]) == (5.0, math.inf)
 
 
 def test_the_interval_covers_the_truth_19_times_of_20():
     torch.manual_seed(0)
     draws = torch.randn(4000, 5) + 2
-    covered = statistics.fmean(abs(mean - 2) < half for mean, half in map(results.interval, draws.tolist()))
+    covered = statistics.fmean(abs(mean - 2) < half for mean, half in map(intervals.interval, draws.tolist()))
     assert 0.94 < covered < 0.96
 
 
-def test_a_verdict_comes_from_the_interval_alone():
-    assert results.verdict([1.0, 1.2, 0.9]) == "**reproduced**"
-    assert results.verdict([-1.0, -1.2, -0.9]) == "**reversed**"
-    assert results.verdict([3.0]) == "undecided"
+def test_a_verdict_comes_from_the_p_value_alone_and_that_from_the_interval():
+    def verdict(gains: list[float]) -> str:
+        return results.verdict(gains, intervals.p_value(gains))
+
+    assert verdict([1.0, 1.2, 0.9]) == "**reproduced**"
+    assert verdict([-1.0, -1.2, -0.9]) == "**reversed**"
+    assert verdict([3.0]) == "undecided"
     undecided = [1.0, -1.0, 2.5]
-    n = int(re.fullmatch(r"undecided \((\d+) seeds would\)", results.verdict(undecided))[1])
+    n = int(re.fullmatch(r"undecided \((\d+) seeds would\)", verdict(undecided))[1])
     spread, mean = statistics.stdev(undecided), statistics.fmean(undecided)
-    assert (
-        results.t_975(n - 1) * spread / math.sqrt(n) < mean < results.t_975(n - 2) * spread / math.sqrt(n - 1)
-    )
+    half = {n: intervals.t_975(n - 1) * spread / math.sqrt(n) for n in (n - 1, n)}
+    assert half[n] < mean < half[n - 1]
+    torch.manual_seed(0)
+    for gains in (torch.randn(500, 4) + 1).tolist():
+        mean, half = intervals.interval(gains)
+        assert (abs(mean) > half) == (intervals.p_value(gains) < 0.05)
+    assert verdict([2.0, 2.0]) == "**reproduced**" and verdict([0.0, 0.0, 0.0]).startswith("undecided")
+
+
+def test_p_values_are_students_t_and_holms_steps():
+    known = {(12.706, 1): 0.05, (9.925, 2): 0.01, (5.841, 3): 0.01, (3.747, 4): 0.02, (1.812, 10): 0.1}
+    for (t, freedom), p in known.items():
+        assert intervals.chance(t, freedom) == pytest.approx(p, rel=2e-3)
+    x = torch.linspace(0, 3, 300_001, dtype=torch.float64)  # the density, integrated: odd and even, 9 and 12
+    for freedom in 9, 12:
+        gamma = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
+        inside = 2 * torch.trapezoid(gamma * (1 + x**2 / freedom) ** (-(freedom + 1) / 2), x).item()
+        assert intervals.chance(3.0, freedom) == pytest.approx(1 - inside, abs=1e-9)
+    assert intervals.holm([0.03, 0.01, 0.04, 0.5]) == pytest.approx([0.09, 0.04, 0.09, 0.5])
+    assert intervals.holm([0.6, 0.7]) == [1.0, 1.0]
 
 
 def test_differences_are_paired_by_seed_and_lies_count_the_other_way():
     def row(method: str, seed: int, accuracy: float, lies: float) -> dict:
         return {"method": method, "seed": seed, "scenes": 400, "accuracy": accuracy, "response_rate": lies,
-                "by_category": {"unseen": accuracy}}
+                "unseen": accuracy, "seconds": accuracy, "tflop": lies}
 
-    rows = [row("PD", 0, 60, 20), row("PD", 1, 70, 10), row("mimic", 1, 65, 30), row("mimic", 0, 50, 24)]
+    rows = [row("PD", 0, 60, 20), row("PD", 1, 70, 20), row("mimic", 1, 65, 40), row("mimic", 0, 50, 40)]
     claims = [("PD", "mimic", *name) for name in ([], ["unseen"], ["response_rate"])]
     page = results.verdicts_of(Table("t", {}, claims), rows)
     for name in "accuracy", "unseen":  # 10 and 5
-        assert f"| PD higher than mimic | {name} | 400 | +7.5 ± 31.8 | 2 of 2 | undecided (" in page
-    assert "| PD lower than mimic | lies, answers | 400 | -12.0 ± 101.6 | 2 of 2 | undecided (" in page
+        assert f"| PD higher than mimic | {name} | 400 | +7.5 ± 31.8 | 2 of 2 | 1.13, 0.50 | 0.2048 |" in page
+    lies = "| PD lower than mimic | lies, answers | 400 | -20.0 ± 0.0 | 2 of 2 | 1.13, 0.50 | 0.0000 |"
+    assert lies in page
+    corrected = results.verdicts_of(Table("t", {}, claims, holm=True), rows)
+    assert "| p, Holm |" in corrected and "| 0.4097 | undecided" in corrected  # the smaller of two, doubled
 
 
 # ------------------------------------------------------------------------- from a command to its page
@@ -403,35 +519,39 @@ def test_a_table_is_filled_once_and_gone_on_with(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(TABLES, "mod12", table)
     command = ["--table", "mod12", "--seeds", "2", "--out", str(tmp_path)]
     toy.main(command)
-    report = read(tmp_path / "report.json")["rows"]
+    report = read(tmp_path / "mod12.json")["rows"]
     assert [(r["method"], r["seed"]) for r in report] == [
         ("dense", 0), ("sparse", 0), ("dense", 1), ("sparse", 1), ("Teacher", 0)]
     dense, sparse = report[:2]
-    assert dense["steps"] == 6 and sparse["steps"] == 9 and sparse["stages"][:2] == dense["stages"]
+    assert dense["steps"] == 6 and sparse["steps"] == 9
+    chains = {"dense": "pt-d2d", "sparse": "pt-d2d-d2s"}
     for row in report:
+        folder = f"seed{row['seed']}/40/{chains.get(row['method'])}"
+        folder = folder if row["method"] in chains else "teacher/pt.llm=middle-sft.mixed"
         questions = read(tmp_path / "world/questions.jsonl")
-        said = read(tmp_path / "answers/questions" / Path(row["stages"][-1]).relative_to(tmp_path)
-                    / f"{Path(row['stages'][-1]).name}.jsonl")
+        said = read(tmp_path / "answers/questions" / folder / f"{Path(folder).name}.jsonl")
         right = [a["text"] == q["label"] for q, a in zip(questions, said) if q["category"] in world.SKILLS]
         assert row["accuracy"] == pytest.approx(100 * statistics.fmean(right))
         assert 0 <= row["recall"] <= 100 and row["seconds"] > 0
-    flops = {Path(s).name: read(tmp_path / f"flops/{Path(s).name}.json")["tflop"] for s in sparse["stages"]}
+        assert row["agree, answers"] < 100 or row["method"] == "Teacher"
+    assert report[-1]["agree, images"] == 100 and report[-1]["KL, answers"] == 0
+    flops = {s: read(tmp_path / f"flops/{s}.json")["tflop"] for s in ("pt", "pt-d2d", "pt-d2d-d2s")}
     assert sparse["tflop"] == pytest.approx(sum(flops.values())) and flops["pt-d2d"] > 2 * flops["pt"]
     page = (tmp_path / "mod12.md").read_text()
-    assert page.strip() in capsys.readouterr().out and "seeds 0, 1" in page
-    assert re.search(
-        r"\| sparse higher than dense \| accuracy \| 40 \| [+-][\d.]+ ± [\d.]+ \| \d of 2 \|", page
-    )
+    assert page.removesuffix(f"\n\n{results.LEGEND}\n") in capsys.readouterr().out and "Seeds 0, 1." in page
+    costs = r"\d of 2 \| [\d.]+, [\d.]+ \| 0\.\d{4} \|"
+    claim = r"\| sparse higher than dense \| accuracy \| 40 \| [+-][\d.]+ ± [\d.]+ \| "
+    assert re.search(claim + costs, page)
     for picture in "mod12.png", "mod12-experts.png":
         assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG" and f"({picture})" in page
-    models = [Path(s) / "model.safetensors" for row in report for s in row["stages"]]
-    made = {path: path.stat().st_mtime_ns for path in models}
-    (Path(sparse["stages"][-1]) / "run.json").unlink()  # as if it had been killed before its end
-    for path in Path(sparse["stages"][-1]).glob("*"):
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*/model.safetensors")}
+    assert len(made) == 8
+    killed = tmp_path / "seed0/40/pt-d2d-d2s"  # before its end
+    for path in killed.glob("*"):
         path.unlink()
     monkeypatch.setattr(tasks, "ProcessPoolExecutor", Here)
     toy.main(command)
     changed = [path for path in made if path.stat().st_mtime_ns != made[path]]
-    assert changed == [Path(sparse["stages"][-1]) / "model.safetensors"]
-    again = read(tmp_path / "report.json")["rows"]
+    assert changed == [killed / "model.safetensors"]
+    again = read(tmp_path / "mod12.json")["rows"]
     assert [r["accuracy"] for r in again] == [r["accuracy"] for r in report]
