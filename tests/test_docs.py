@@ -130,3 +130,19 @@ def test_a_log_goes_elsewhere(word, module, tmp_path, monkeypatch):
     (tmp_path / "out/dft/log.jsonl").write_text(json.dumps(line) + "\n")
     exec(snippet(LAUNCH, word), {})
     assert done and got == ([("step", 7, 7), ("loss", 0.5, 7)] if word == "SummaryWriter" else [(line, 7)])
+
+
+def test_every_decimal_number_of_the_toy_worlds_page_is_on_a_page_of_results_that_it_names():
+    """In the same paragraph, item or row; one that names no page means all that its section names."""
+    found = 0
+    for section in re.split(r"(?m)^(?=#{2,3} )", (ROOT / "docs/toy.md").read_text()):
+        of_section = re.findall(r"results/([\w-]+)\.(?:md|png)", section)
+        for paragraph in re.split(r"\n\s*\n|\n(?=\||\d+\. |\* )", section):
+            names = set(re.findall(r"results/([\w-]+)\.md", paragraph) or of_section)
+            pages = [path for path in (ROOT / "docs/results").glob("*.md") if path.stem in names]
+            text = "".join(page.read_text() for page in pages)
+            for number in re.findall(r"(?<![\d.])\d+\.\d(?: ± \d+\.\d)?(?![\d.])", paragraph):
+                on_page = re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", text)
+                assert on_page, f"{number} is not on {sorted(names)}: {paragraph[:80]}"
+                found += 1
+    assert found > 90
