@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import textwrap
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from support.checkpoints import load_stock
 from support.checks import load_image
 from support.flags import REQUIRED, add_flags, cli, natural, new_parser, positive, require
 from support.metrics import METRICS, read_vocabulary
-from support.questions import add_answers, identity, kept_answers, read_questions
+from support.questions import add_answers, compare, identity, kept_answers, read_questions
 from support.ranks import process_group
 from support.run import best_dtype, precision
 
@@ -37,7 +38,7 @@ from support.run import best_dtype, precision
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add_flags(parser, "what", [
-        ("--model", [str], REQUIRED, "LLaVA checkpoints, hub names or folders"),
+        ("--model", [str], REQUIRED, "LLaVA checkpoints, hub names or folders; all compared with the first"),
         ("--questions", str, REQUIRED, "questions, .jsonl"),
         ("--images", str, ".", "folder that image paths are relative to"),
         ("--metric", tuple(METRICS), "exact", "how to score"),
@@ -78,7 +79,7 @@ def generate(model_path: str, questions: list[dict], args: argparse.Namespace, f
         answers = ranks.gather(kept)[0]  # as rank 0 finds them
         rounds = range(len(answers), len(questions), args.batch * ranks.world_size)  # a batch for every rank
         for start in tqdm(rounds, f"answers of {model_path}", disable=ranks.rank > 0):
-            first, said = start + ranks.rank * args.batch, []
+            first, said, began = start + ranks.rank * args.batch, [], time.perf_counter()
             if picked := questions[first : first + args.batch]:
                 places = [(q["where"], args.images, path) for q in picked for path in q["images"]]
                 with ThreadPoolExecutor() as pool:
@@ -93,7 +94,8 @@ def generate(model_path: str, questions: list[dict], args: argparse.Namespace, f
                 said = [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
             said = [text for texts in ranks.gather(said) for text in texts]
             if ranks.rank == 0:
-                add_answers(file, questions[start:], said, model_id=model_path, run=run)
+                more = {"run": run, "seconds": round((time.perf_counter() - began) / len(said), 4)}
+                add_answers(file, questions[start:], said, model_id=model_path, **more)
             answers += said
     return answers
 
@@ -131,7 +133,7 @@ def draw_sample(path: Path, questions: list, answers: dict[str, list], args: arg
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
-    args, scores, answers = parse_args(argv), {}, {}
+    args, scores, answers, table = parse_args(argv), {}, {}, []
     require(IMAGE_TOKEN not in args.suffix, f"--suffix must not hold {IMAGE_TOKEN}: questions bring images")
     told = args.metric == "hallucination" or not args.objects
     require(told, f"--objects is for --metric hallucination, but --metric is {args.metric}")
@@ -147,13 +149,21 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         print("".join(f"left out: {error}\n" for error in bad if ranks.rank == 0), end="")
         for path, name in zip(args.model, names):
             answers[name] = generate(path, questions, args, out / f"{name}.jsonl")
-            if metric and ranks.rank == 0:
-                scores[name] = metric(questions, answers[name]) | ({"left_out": len(bad)} if bad else {})
+            if ranks.rank == 0 and (metric or len(names) > 1):
+                scores[name] = metric(questions, answers[name]) if metric else {}
+                scores[name] |= {"left_out": len(bad)} if bad else {}
+                if len(names) > 1:
+                    scores[name] |= compare(out / f"{name}.jsonl", answers[name], answers[names[0]])
                 flat = scores[name] | scores[name].get("by_category", {})
-                shown = [f"{k} {round(v, 1)}" for k, v in flat.items() if k != "by_category"]
-                print(f"{name}: {', '.join(shown)}")
+                shown = {k: "-" if v is None else round(v, 3 if k == "seconds" else 1)
+                         for k, v in flat.items() if k != "by_category"}
+                print(f"{name}: {', '.join(f'{k} {v}' for k, v in shown.items())}")
+                table += [[name, *shown.values()]]
         if ranks.rank > 0:
             return {}
+    if len(names) > 1:
+        for row in ["model", *shown], ["---"] * (len(shown) + 1), *table:
+            print(f"| {' | '.join(map(str, row))} |")
     (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
     if args.sample:
         draw_sample(out / "sample.png", questions[: args.sample], answers, args)

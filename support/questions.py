@@ -14,7 +14,7 @@ from support.chat import IMAGE_TOKEN
 from support.checks import check_images, images_of, is_text, load_image, without_markers
 from support.flags import InputError, require
 from support.index import records
-from support.metrics import METRICS
+from support.metrics import METRICS, plain
 
 
 def read_questions(path: str, image_root: str, metric: str, skip_bad: int = 0) -> tuple[list, list]:
@@ -74,9 +74,16 @@ def kept_answers(file: Path, questions: list[dict], run: str) -> list[str]:
     return [line["text"] for line in lines]
 
 
-def add_answers(file: Path, questions: list[dict], answers: list[str], **more: str) -> None:
+def add_answers(file: Path, questions: list[dict], answers: list[str], **more: str | float) -> None:
     """Add a line for each answer, as LLaVA's files of answers have it."""
     with open(file, "a") as added:
         for q, text in zip(questions, answers):
             line = {"question_id": q["question_id"], "prompt": q["text"], "text": text} | more
             added.write(json.dumps(line) + "\n")
+
+
+def compare(file: Path, answers: list[str], first: list[str]) -> dict[str, float | None]:
+    """Percent of answers equal to the first model's; seconds for one, or None if some in `file` have none."""
+    n, same = len(answers), sum(plain(a) == plain(b) for a, b in zip(answers, first))
+    took = [line.get("seconds") for _, line in records(file)]
+    return {"agreement": 100 * same / n, "seconds": None if None in took else sum(took) / n}

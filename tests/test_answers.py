@@ -139,14 +139,17 @@ def test_ranks_share_the_questions_and_give_the_same_answers(some_bad, world, ch
     said = launch("evaluate.py", to_argv(**flags | {"out": tmp_path / "two"}), ranks=2).stdout
     assert json.loads((tmp_path / "two" / "scores.json").read_text()) == alone
     assert said.count("left out: ") == said.count("small: accuracy") == 1
-    one, two = ((folder / "small.jsonl").read_text() for folder in (some_bad["out"], tmp_path / "two"))
+    one, two = ([json.loads(line) for line in (folder / "small.jsonl").read_text().splitlines()]
+                for folder in (some_bad["out"], tmp_path / "two"))
+    assert all(answer.pop("seconds") > 0 for answer in (*one, *two))
     assert one == two
-    assert len({json.loads(line)["text"] for line in one.splitlines()}) > 2
+    assert len({answer["text"] for answer in one}) > 2
 
 
 def test_models_of_the_same_name_keep_their_own_answers(some_bad, monkeypatch):
     files = {}
-    said = lambda path, questions, _, file: files.update({path: file}) or ["no"] * len(questions)
+    said = lambda path, questions, _, file: (
+        files.update({path: file}) or file.write_text("{}\n" * 3) and ["no"] * len(questions))
     monkeypatch.setattr(evaluate, "generate", said)
     evaluate.main(to_argv(model=["../x", "x"], skip_bad=2, **some_bad))
     assert files["x"] != files["../x"]

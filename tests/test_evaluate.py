@@ -51,7 +51,41 @@ def test_answers_are_those_of_stock_generation(questions, world, checkpoints, tm
         assert answers[k]["text"] == processor.decode(new, skip_special_tokens=True).strip()
     assert len({a["text"] for a in answers}) == 4
     assert json.loads((tmp_path / "scores.json").read_text()) == scores
+    assert scores["small"]["agreement"] == 100 > scores["large"]["agreement"]
     assert Image.open(tmp_path / "sample.png").size[0] > 500
+
+
+def test_several_models_are_scored_side_by_side(questions, tmp_path, monkeypatch, capsys):
+    """Each beside the first; seconds are those of all answers, whenever they were given, or not known."""
+    said = {"out/teacher": ["red", "Red.", "blue", "a dog"], "sft": ["Red", "blue", "blue", "A dog!"],
+            "hub/dft": ["red", "red", "green", "cat"], "old": ["red", "red", "red", "red"]}
+    took = {"out/teacher": [3, 3, 5, 5], "sft": [0.25, 0.25, 0.5, 0.0136], "hub/dft": [1, 0.5, 0.5, 2]}
+
+    def answer(path, asked, args, file):
+        seconds = [{"seconds": s} for s in took.get(path, [])] or [{}, {}, {}, {"seconds": 9}]
+        file.write_text("".join(json.dumps({"text": "?"} | s) + "\n" for s in seconds))
+        return said[path]
+
+    monkeypatch.setattr(evaluate, "generate", answer)
+    monkeypatch.setattr(evaluate, "read_questions", lambda *_: (
+        [{"label": "red", "category": c} for c in ("color", "color", "place", "place")], ["q.jsonl line 7"]))
+    asked = {"model": list(said), "questions": questions, "out": tmp_path, "skip_bad": 1}
+    scores = evaluate.main(to_argv(**asked))
+    assert capsys.readouterr().out.splitlines()[-6:] == [
+        "| model | accuracy | left_out | agreement | seconds | color | place |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| teacher | 50.0 | 1 | 100.0 | 4.0 | 100.0 | 0.0 |",
+        "| sft | 25.0 | 1 | 75.0 | 0.253 | 50.0 | 0.0 |",
+        "| dft | 50.0 | 1 | 50.0 | 1.0 | 100.0 | 0.0 |", "| old | 100.0 | 1 | 50.0 | - | 100.0 | 100.0 |"]
+    assert json.loads((tmp_path / "scores.json").read_text()) == scores
+    assert scores["sft"] == {"accuracy": 25, "by_category": {"color": 50, "place": 0}, "left_out": 1,
+                             "agreement": 75, "seconds": pytest.approx(0.2534)}
+    assert evaluate.main(to_argv(**asked | {"model": "sft"})) == {
+        "sft": {key: scores["sft"][key] for key in ("accuracy", "by_category", "left_out")}}
+    assert "|" not in capsys.readouterr().out
+    unscored = evaluate.main(to_argv(**asked | {"metric": "none", "model": ["sft", "old"]}))
+    assert unscored["old"] == {"left_out": 1, "agreement": 25, "seconds": None}
+    assert evaluate.main(to_argv(**asked | {"metric": "none", "model": "sft"})) == {}
 
 
 def test_the_picture_says_who_answered_what_and_whether_it_is_right(world, tmp_path, monkeypatch):

@@ -1,8 +1,11 @@
 """Answers are kept while they are given, and never mixed with those of another model or question."""
 
 import json
+import re
 import shutil
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +26,10 @@ def questions(world, tmp_path, monkeypatch) -> dict:
     return {"questions": "five.jsonl", "images": world / "images", "batch": 3, "max_new_tokens": 6}
 
 
+def without_seconds(answers: Path) -> str:
+    return re.sub(r', "seconds": [0-9.]+}', "}", answers.read_text())
+
+
 def asked_in(monkeypatch, kill_after: int = 9) -> list[int]:
     """The number of questions in each call of `generate`, from now on; more than so many calls fail."""
     calls, generate = [], LlavaForConditionalGeneration.generate
@@ -39,17 +46,21 @@ def asked_in(monkeypatch, kill_after: int = 9) -> list[int]:
 
 def test_an_interrupted_evaluation_goes_on(questions, checkpoints, tmp_path, monkeypatch):
     flags = questions | {"model": checkpoints["small"]}
+    clock = lambda step: SimpleNamespace(perf_counter=count(0, step).__next__)
+    monkeypatch.setattr(evaluate, "time", clock(6))  # the seconds of a batch
     whole = evaluate.main(to_argv(out="whole", **flags))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         asked_in(patch, kill_after=1)
         evaluate.main(to_argv(**flags))
     kept = tmp_path / "out/eval/five/small.jsonl"
-    assert len(kept.read_text().splitlines()) == 3
+    assert [json.loads(line)["seconds"] for line in kept.read_text().splitlines()] == [2] * 3
     kept.write_text(kept.read_text()[:-9])  # as if it had been killed while it wrote the third
     calls = asked_in(monkeypatch)
+    monkeypatch.setattr(evaluate, "time", clock(9))
     assert evaluate.main(to_argv(**flags)) == whole
     assert calls == [3]
-    assert kept.read_text() == (tmp_path / "whole/small.jsonl").read_text()
+    assert [json.loads(line)["seconds"] for line in kept.read_text().splitlines()] == [2, 2, 3, 3, 3]
+    assert without_seconds(kept) == without_seconds(tmp_path / "whole/small.jsonl")
     lines = Path("five.jsonl").read_text()
     Path("five.jsonl").write_text(lines.replace('"red"', '"yes"'))
     assert evaluate.main(to_argv(metric="pope", **flags))["small"]["yes_ratio"] == 100
