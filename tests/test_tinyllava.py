@@ -15,7 +15,9 @@ import transformers as hf
 from conftest import ROOT, data_flags, log_of, text_config, vision_config
 from PIL import Image
 from safetensors.torch import load_file
+from test_ckd import cascade_flags
 
+import ckd
 import dft
 import dpt
 import evaluate
@@ -26,7 +28,7 @@ from model import Llava
 from support import tinyllava
 from support.checkpoints import load_stock
 from support.checks import check_sample
-from support.flags import InputError
+from support.flags import InputError, to_argv
 
 HERE = ROOT / "tests/tinyllava"
 PICTURES = HERE / "pictures"
@@ -269,18 +271,28 @@ def test_plan_has_as_many_visual_tokens(models, name, tmp_path):
             plan.step(args, np)
 
 
-def test_it_teaches_a_new_student_through_all_stages(world, tmp_path):
-    """And is trained itself. What is written is stock LLaVA, with its template and 8 of 9 patches."""
-    teacher = str(HERE / "instruct")
+@pytest.fixture
+def parts(tmp_path) -> dict[str, str]:
+    """Folders of a tower and of a language model with the fixtures' tokens."""
     vision = vision_config()
     vision.image_size, vision.num_hidden_layers = 24, 4
     hf.SiglipVisionModel(vision).save_pretrained(tmp_path / "vision")
     hf.SiglipImageProcessorPil(size={"height": 24, "width": 24}).save_pretrained(tmp_path / "vision")
-    hf.Qwen2ForCausalLM(text_config()).save_pretrained(tmp_path / "llm")
-    hf.AutoTokenizer.from_pretrained(teacher).save_pretrained(tmp_path / "llm")
+    torch.manual_seed(0)
+    language = hf.Qwen2ForCausalLM(text_config(tied=False))
+    for p in language.parameters():
+        p.data *= 10 if p.dim() == 2 else 1  # so that what it says depends on what it is asked
+    language.save_pretrained(tmp_path / "llm")
+    hf.AutoTokenizer.from_pretrained(HERE / "base").save_pretrained(tmp_path / "llm")
+    return {"vision": f"{tmp_path}/vision", "small": f"{tmp_path}/llm"}
+
+
+def test_it_teaches_a_new_student_through_all_stages(parts, world, tmp_path):
+    """And is trained itself. What is written is stock LLaVA, with its template and 8 of 9 patches."""
+    teacher = str(HERE / "instruct")
     flags = lambda out: data_flags(world, out=tmp_path / out, max_steps=1, micro_batch=4, max_len=512)
-    new = ["--vision", f"{tmp_path}/vision", "--llm", f"{tmp_path}/llm"]
-    dpt.main([*new, "--teacher", teacher, *flags("dpt")])
+    new = to_argv(vision=parts["vision"], llm=parts["small"], teacher=teacher)
+    dpt.main([*new, *flags("dpt")])
     sft.main(["--student", f"{tmp_path}/dpt", *flags("sft")])
     dft.main(["--student", f"{tmp_path}/sft", "--teacher", teacher, *flags("dft")])
     sft.main(["--student", teacher, *flags("own")])
@@ -292,3 +304,35 @@ def test_it_teaches_a_new_student_through_all_stages(world, tmp_path):
         assert student.chat.template == tinyllava.TEMPLATE and student.chat.end == "<|im_end|>"
     assert {"l_res", "l_vis", "l_rel"} <= log_of(tmp_path / "dft")[0].keys()
     assert student.config.text_config.tie_word_embeddings is False
+
+
+def test_a_cascade_of_them_and_its_student_beside_the_teachers(parts, world, tmp_path, capsys):
+    """The second prepares pictures in another way. Stock LLaVA gives the student's answers too."""
+    teachers, out = [str(HERE / "base"), str(HERE / "pad")], tmp_path / "ckd"
+    ckd.main(cascade_flags(world, parts, out, *teachers, max_len=512, finetune_lr=1e-3))
+    for folder, teacher in zip(("1-base", "2-pad"), teachers):
+        for stage in out / folder / "dpt", out / folder / "dft":
+            assert json.loads((stage / "run.json").read_text())["teacher"] == teacher
+            assert {"l_res", "l_vis", "l_rel"} <= log_of(stage)[1].keys()
+    student = out / "2-pad/dft"
+    stock, report = hf.LlavaForConditionalGeneration.from_pretrained(student, output_loading_info=True)
+    assert not any(report.values())
+    processor = hf.AutoProcessor.from_pretrained(student)
+    assert processor.chat_template == tinyllava.TEMPLATE
+    questions = [{"text": f"block {k} ?", "image": f"{k}.png", "label": "yes"} for k in range(4)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    how = {"questions": tmp_path / "q.jsonl", "images": PICTURES, "metric": "pope", "max_new_tokens": 6}
+    scores = evaluate.main(to_argv(model=[*teachers, student], out=tmp_path / "answers", **how))
+    head, _, *rows = (row for row in capsys.readouterr().out.splitlines() if row.startswith("|"))
+    assert f"\n  {head}\n" in (ROOT / "docs/training.md").read_text()
+    assert [row.split()[1] for row in rows] == [*scores] == ["base", "pad", "dft"]
+    assert scores["base"]["agreement"] == 100 and all(one["seconds"] > 0 for one in scores.values())
+    said = [json.loads(line)["text"] for line in (tmp_path / "answers/dft.jsonl").read_text().splitlines()]
+    assert len(set(said)) > 1, said
+    for q, answer in zip(questions, said):
+        picture = {"type": "image", "image": Image.open(PICTURES / q["image"])}
+        asked = [{"role": "user", "content": [picture, {"type": "text", "text": q["text"]}]}]
+        inputs = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=True,
+                                               return_dict=True, return_tensors="pt")
+        tokens = stock.generate(**inputs, max_new_tokens=6, do_sample=False)[0, len(inputs["input_ids"][0]) :]
+        assert processor.decode(tokens, skip_special_tokens=True).strip() == answer
