@@ -2,6 +2,7 @@
 
     python toy.py                     LLaVA-KD and its controls, once: world, teacher, students, scores, page
     python toy.py --seeds 5           five times, each with other scenes, starts and orders: verdicts
+    python toy.py --world letters     in a second world, on which nothing was tuned
     python toy.py --table mod4 ckd3   other tables; `lab/tables.py` has them all, a row is a list of stages
 
 The stages are the real ones, called with the flags of their command lines. Whatever rows share is trained
@@ -23,8 +24,9 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
-from lab import world
+from lab import letters, world
 from lab.figures import draw_experts
 from lab.results import write_page
 from lab.tables import DEFAULTS, TABLES, TEACHERS, Table
@@ -41,24 +43,26 @@ OWN.add_argument("--llm", choices=sorted(p.name[5:] for p in world.BASE.glob("qw
 OWN.add_argument("--teacher", choices=list(TEACHERS), default="teacher")
 OWN.add_argument("--fork", choices=sorted(p.stem for p in (ROOT / "docs/forks").glob("*.diff")))
 OWN.add_argument("--teacher2", choices=list(TEACHERS))
+WORLDS = {"shapes": (world, "out/toy"), "letters": (letters, "out/letters")}
 code = functools.cache(code_of)
 
 
 class Lab:
     """The world, and a plan of what is to be done in it: the stages and scores of rows."""
 
-    def __init__(self, out: Path):
+    def __init__(self, out: Path, source: ModuleType = world):
         self.out, self.world, self.tasks = out, out / "world", {}
         parts = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(world.BASE.rglob("*.safetensors"))))
-        made = {"code": code(world.__file__), "parts": parts.hexdigest()}
-        drawn = Task(world.write_world, "", [], self.world, [], made)
+        made = {"code": code(source.__file__), "parts": parts.hexdigest()}
+        drawn = Task(source.write_world, "", [], self.world, [], made)
         if not (drawn.is_made() and (self.world / "objects.txt").exists()):  # the last file
-            ours = Path(f"{self.world}.json").exists() or not self.world.exists()
-            require(ours, f"{self.world} is there and no toy world: take another --out")
+            known = note(self.world)["code"].keys() if Path(f"{self.world}.json").exists() else None
+            ours = known == made["code"].keys() or not (known or self.world.exists())
+            require(ours, f"{self.world} is there and no toy world of {source.__name__}: take another --out")
             print(f"drawing the world in {self.world}")
             drawn.record()
             shutil.rmtree(self.world, ignore_errors=True)
-            world.write_world(self.world)
+            source.write_world(self.world)
 
     def plan(self, call: Callable, script: Path, argv: list[str], out: Path, inputs: list[Path]) -> None:
         """Plan a task; what a kind of stage costs does not depend on the flags of one run of it."""
@@ -169,7 +173,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add_flags(parser, "the experiment", [
         ("--table", list(TABLES), ["ends"], "tables to fill"),
-        ("--out", str, "out/toy", "folder for the world, all runs and the report"),
+        ("--world", tuple(WORLDS), "shapes", "what the pictures show"),
+        ("--out", str, None, "folder for the world, all runs and the report; default: out/toy; of letters: "
+         "out/letters"),
         ("--seeds", positive, 1, "how often each student is trained; at least 3 for a verdict"),
         ("--first_seed", natural, 0, "the first of the seeds"),
         ("--jobs", positive, 2, "stages at a time, one thread each"),
@@ -180,7 +186,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args, start = parse_args(argv), time.time()
     require(args.table, f"--table names no table; there are {', '.join(TABLES)}")
-    lab, planned = Lab(Path(args.out)), []
+    source, usual = WORLDS[args.world]
+    lab, planned = Lab(Path(args.out or usual), source), []
     for name in dict.fromkeys(args.table):
         table = TABLES[name]
         known = all({better, worse} <= table.rows.keys() for better, worse, *_ in table.claims)

@@ -16,6 +16,7 @@ import torch
 import moe
 from data import Batch, LlavaData
 from lab.intervals import grouped, interval
+from lab.letters import LETTERS
 from lab.tables import TABLES, Table
 from lab.world import COLORS, PLACES, SHAPES
 from model import Llava
@@ -109,7 +110,7 @@ def kinds_of(model: Llava, batch: Batch, captions: list[str]) -> torch.Tensor:
     tokens = model.processor.tokenizer.convert_ids_to_tokens(range(512))
     words = [(token or "").replace("Ġ", "") for token in tokens]
     places = {word for place in PLACES for word in place.split()}
-    of_word = [2 if w in COLORS else 3 if w in SHAPES else 4 if w in places else 5 for w in words]
+    of_word = [2 if w in COLORS else 3 if w in SHAPES + LETTERS else 4 if w in places else 5 for w in words]
     kinds = torch.tensor(of_word)[batch.input_ids].masked_fill(batch.attention_mask == 0, -1)
     for row, (caption, visual) in enumerate(zip(captions, batch.visual)):
         there = torch.tensor([place in caption for place in PLACES]).view(2, 2)  # the 2 x 2 grid of cells

@@ -7,12 +7,14 @@ import importlib
 import json
 import math
 import os
+import random
 import re
 import statistics
 import sys
 import time
 from collections import Counter
 from concurrent.futures import Executor, Future
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,23 +22,30 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, open_data
+from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoProcessor
 
 import ckd
 import toy
-from lab import intervals, results, tasks, world
+from lab import figures, intervals, letters, results, tasks, world
 from lab.tables import DEFAULTS, TABLES, TEACHERS, Table, cascade
 from model import Llava
 from support.flags import InputError
 
-WORDS = [*world.COLORS, *world.SHAPES]
+THINGS = {"shapes": world.SHAPED, "letters": letters.THINGS}
+
+
+@pytest.fixture(scope="module", params=toy.WORLDS)
+def kind(request):
+    """The name of a world."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
+def small(kind, tmp_path_factory):
     """A world of few scenes, which has all kinds of questions."""
-    root = tmp_path_factory.mktemp("toy")
-    world.write_world(root, n_train=150, n_test=40)
+    root, (source, _) = tmp_path_factory.mktemp("toy"), toy.WORLDS[kind]
+    source.write_world(root, n_train=150, n_test=40)
     return root
 
 
@@ -48,9 +57,11 @@ def read(path: Path) -> list[dict]:
 # ---------------------------------------------------------------------------------- the world
 
 
-def test_unseen_pairs_are_in_no_training_scene_and_in_every_question_that_says_so(small):
-    pairs = {f"{color} {shape}" for color, shape in world.SHAPED.unseen}
-    assert {shape for _, shape in world.SHAPED.unseen} == set(world.SHAPES)  # each word is seen, with another
+def test_unseen_pairs_are_in_no_training_scene_and_in_every_question_that_says_so(small, kind):
+    unseen = THINGS[kind].unseen
+    pairs = {f"{color} {shape}" for color, shape in unseen}
+    assert len({color for color, _ in unseen}) == len(unseen) == 4  # each word is seen, with another
+    assert {shape for _, shape in unseen} == {"shapes": {*world.SHAPES}, "letters": {*"ABCD"}}[kind]
     captions = [s["conversations"][1]["value"] for s in read(small / "pretrain.json")]
     for text in captions + [json.dumps(read(small / f"{kind}.json")) for kind in ("finetune", "mixed")]:
         assert not any(pair in text for pair in pairs), text
@@ -60,6 +71,7 @@ def test_unseen_pairs_are_in_no_training_scene_and_in_every_question_that_says_s
     assert len(asked) == 3 * 10
     for color, shape, place in zip(*[iter(asked)] * 3):  # three questions about one object
         assert f"{color['label']} {shape['label']}" in pairs
+        assert shape["text"].startswith(f"what {kind.removesuffix('s')} is the object")
         there = color["text"].removeprefix("what color is the object ").removesuffix(" ?")
         assert (
             place["text"] == f"where is the {color['label']} {shape['label']} ?" and place["label"] == there
@@ -68,9 +80,10 @@ def test_unseen_pairs_are_in_no_training_scene_and_in_every_question_that_says_s
     assert not any(pair in text for text in seen for pair in pairs)
 
 
-def test_pope_asks_for_what_is_not_there_in_three_ways(small):
+def test_pope_asks_for_what_is_not_there_in_three_ways(small, kind):
+    every = [*world.COLORS, *THINGS[kind].names]
     captions = [s["conversations"][1]["value"].split() for s in read(small / "pretrain.json")]
-    common = Counter(word for words in captions for word in set(words) & set(WORDS))
+    common = Counter(word for words in captions for word in set(words) & set(every))
     objects = {q["image"]: set(" ".join(q["objects"]).split()) for q in read(small / "describe.jsonl")}
     asked = [q for q in read(small / "questions.jsonl") if q["category"].startswith("POPE")]
     assert Counter(q["category"] for q in asked) == {f"POPE {kind}": 20 for kind in world.POPE}
@@ -79,7 +92,7 @@ def test_pope_asks_for_what_is_not_there_in_three_ways(small):
         assert (q["label"] == "yes") == (word in there)
         if q["label"] == "yes" or q["category"] == "POPE random":
             continue
-        absent = [w for w in WORDS if w not in there]
+        absent = [w for w in every if w not in there]
         company = {w: sum((w in c) * sum(o in c for o in there) for c in captions) for w in absent}
         rank = company if "adversarial" in q["category"] else {w: common[w] for w in absent}
         assert rank[word] == max(rank.values())
@@ -94,6 +107,72 @@ def test_what_is_scored_was_not_trained_on_and_rates_are_chosen_on_other_scenes(
     assert not images["pretrain.json"] & (images["questions.jsonl"] | images["val.jsonl"])
     assert not images["val.jsonl"] & images["questions.jsonl"]
     assert images["describe.jsonl"] < images["questions.jsonl"]
+
+
+def test_each_world_has_all_kinds_of_files_and_questions_about_its_own_things(small, kind):
+    sizes = {"pretrain": 150, "finetune": 300, "preference": 150, "mixed": 450}
+    assert {name: len(read(small / f"{name}.json")) for name in sizes} == sizes
+    assert len(read(small / "val.jsonl")) == 600 and len(read(small / "describe.jsonl")) == 40
+    skills = {q["category"] for q in read(small / "questions.jsonl")}
+    assert skills == {*world.SKILLS, *(f"POPE {how}" for how in world.POPE), "unseen"}
+    text = " ".join(path.read_text() for path in small.glob("*.*"))
+    for name, things in THINGS.items():
+        for word in (things.noun, *things.names):
+            assert (re.search(rf"\b{word}\b(?!\")", text) is not None) == (name == kind), word
+
+
+def test_letters_of_the_tables_pictures_are_in_fonts_that_no_training_picture_has(tmp_path, monkeypatch):
+    fonts, pictures = [], {}
+    load, save = ImageFont.truetype, Image.Image.save
+    seen = lambda path, size: fonts.append(path) or load(path, size)
+    keep = lambda image, path: pictures.update({path.name: fonts[:]}) or fonts.clear() or save(image, path)
+    monkeypatch.setattr(letters.ImageFont, "truetype", seen)
+    monkeypatch.setattr(Image.Image, "save", keep)
+    monkeypatch.setattr(world, "N_VAL", 60)
+    letters.write_world(tmp_path, n_train=60, n_test=60)
+    names = {name: {font.stem for q in read(tmp_path / name) for font in pictures[q["image"]]}
+             for name in ("mixed.json", "preference.json", "val.jsonl", "questions.jsonl", "describe.jsonl")}
+    assert names["mixed.json"] == names["preference.json"] == names["val.jsonl"] == set(letters.FONTS)
+    assert names["questions.jsonl"] == names["describe.jsonl"] == set(letters.TEST_FONTS)
+    paths = {path.stem: path for used in pictures.values() for path in used}
+    families = lambda stems: {load(paths[stem], 9).getname()[0].split()[0] for stem in stems}
+    assert families(letters.FONTS) == {"DejaVu"} and not families(letters.TEST_FONTS) & {"DejaVu"}
+
+
+@pytest.mark.parametrize("font", letters.FONTS + letters.TEST_FONTS)
+def test_a_letter_is_as_large_as_a_shape_and_like_no_other_letter(font):
+    def box(draw, name: str, s: int) -> tuple[tuple[int, ...], bytes]:
+        image = Image.new("L", (40, 40))
+        draw(ImageDraw.Draw(image), name, 10, 10, s, 255, random.Random(0))
+        return image.getbbox(), image.tobytes()
+
+    for s in 8, 13:
+        left, top, right, bottom = box(world.draw_shape, "square", s)[0]
+        drawn = [box(partial(letters.draw_letter, [font]), letter, s) for letter in letters.LETTERS]
+        assert len({image for _, image in drawn}) == len(letters.LETTERS)
+        for (x, y, to_x, to_y), _ in drawn:
+            assert left <= x <= left + 2 and top <= y <= top + 2 and to_x <= right and to_y <= bottom
+            assert max(to_x - x, to_y - y) >= s - 2
+
+
+def test_a_scene_is_painted_alike_from_the_same_seed(kind):
+    scene = [("red", THINGS[kind].names[0], 1), ("white", THINGS[kind].names[3], 2)]
+    one, same, other = (world.paint(scene, random.Random(k), THINGS[kind].draw_test) for k in (0, 0, 1))
+    assert one.tobytes() == same.tobytes() != other.tobytes()
+
+
+def test_the_tokens_of_a_description_are_told_apart(kind):
+    tokenizer = AutoProcessor.from_pretrained(world.BASE / "qwen-small")
+    text = f" red {THINGS[kind].names[2]} top left"
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    ids = torch.nn.functional.pad(ids, (16, 0))  # the picture's
+    visual = torch.arange(ids.numel())[None] < 16
+    batch = SimpleNamespace(input_ids=ids, visual=visual, attention_mask=torch.ones_like(ids))
+    model = SimpleNamespace(processor=SimpleNamespace(tokenizer=tokenizer))
+    (kinds,) = figures.kinds_of(model, batch, [text]).tolist()
+    assert kinds[:16] == [0, 0, 1, 1] * 2 + [1] * 8
+    words = [figures.KINDS[k] for k in kinds[16:]]
+    assert words == ["colour", *(["other words"] if kind == "letters" else []), "shape", "place", "place"]
 
 
 def test_seeds_are_other_scenes_and_all_kinds_of_data_have_the_same(small):
@@ -146,6 +225,26 @@ def test_a_world_is_drawn_again_if_it_is_half_drawn_or_has_other_parts_and_no_fo
     with pytest.raises(InputError, match="yours/world is there and no toy world"):
         toy.Lab(tmp_path / "yours")
     assert (tmp_path / "yours/world/thesis.tex").exists()
+
+
+def test_the_world_of_the_flag_is_drawn_and_never_in_the_folder_of_the_other(tmp_path, monkeypatch):
+    drawn, labs = [], []
+    for name, (source, _) in toy.WORLDS.items():
+        draw = lambda root, name=name: drawn.append(name) or root.mkdir() or (root / "objects.txt").touch()
+        monkeypatch.setattr(source, "write_world", draw)
+    monkeypatch.setattr(toy, "do", lambda tasks, jobs, out: labs.append(str(out)))
+    monkeypatch.setattr(toy, "write_page", lambda *_: "")
+    monkeypatch.setattr(toy.Lab, "row", lambda *_: {})
+    monkeypatch.setitem(TABLES, "ends", Table("t", {}, []))
+    monkeypatch.setattr(world, "write_subset", lambda root, *_: root / "data.json")
+    monkeypatch.chdir(tmp_path)
+    for flags in [], ["--world", "letters"], ["--world", "letters", "--out", "mine"]:
+        toy.main(["--jobs", "1", *flags])
+    assert drawn == ["shapes", "letters", "letters"] and labs == ["out/toy", "out/letters", "mine"]
+    for name, out, drawer in ("shapes", "mine", "lab.world"), ("letters", "out/toy", "lab.letters"):
+        with pytest.raises(InputError, match=f"{out}/world is there and no toy world of {drawer}: take an"):
+            toy.main(["--world", name, "--out", out])
+    assert len(drawn) == 3
 
 
 def flag(argv: list[str], name: str) -> str | None:
@@ -269,6 +368,7 @@ def test_a_sample_is_read_once_whatever_file_it_is_in(world, checkpoints, tmp_pa
     assert asked == [i for data in (first, longer, captions) for i in range(len(data))]
 
 
+@pytest.mark.parametrize("kind", ["shapes"], indirect=True)
 def test_how_near_a_student_is_to_its_teacher(small, checkpoints, tmp_path):
     """Against a loop over samples and rows of the whole logits."""
     argv = [checkpoints["small"], checkpoints["large"], str(small / "val.jsonl"), str(small / "images")]
