@@ -1,4 +1,4 @@
-"""DFT as it is in another copy of the project, for tests/test_forks.py."""
+"""The project's modules imported anew, from here or from a changed copy; DFT as it is there."""
 
 import contextlib
 import importlib
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PROJECT = {path.stem for path in ROOT.glob("*.py")} | {"support"}
+PROJECT = {path.stem for path in ROOT.glob("*.py")} | {"support", "lab"}
 
 
 @contextlib.contextmanager

@@ -3,11 +3,17 @@
 python -m pytest tests/test_definition.py
 """
 
+import functools
+import importlib
+import shutil
+import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import data_flags, log_of
+from conftest import ROOT, data_flags, log_of
+from forked import imports_of
 from safetensors.torch import load_file
 
 import dft
@@ -73,6 +79,12 @@ def run(tmp_path_factory, world, parts, checkpoints):
     return start
 
 
+@pytest.fixture(scope="module")
+def whole(run):
+    """The folder of a stage as it is, run once for all functions in it."""
+    return functools.cache(lambda stage, *flags: run(stage, list(flags)))
+
+
 def write_pairs(world, path) -> None:
     import json
 
@@ -105,8 +117,8 @@ def put(monkeypatch, name: str, other) -> None:
 
 
 @pytest.mark.parametrize("name, stage, flags, term", USES)
-def test_a_stage_trains_by_the_definition(run, monkeypatch, name, stage, flags, term):
-    whole = run(stage, flags)
+def test_a_stage_trains_by_the_definition(run, whole, monkeypatch, name, stage, flags, term):
+    undoubled = whole(stage, *flags)
     with monkeypatch.context() as patch:
         put(patch, name, fails)
         with pytest.raises(ArithmeticError):
@@ -114,12 +126,12 @@ def test_a_stage_trains_by_the_definition(run, monkeypatch, name, stage, flags, 
     with monkeypatch.context() as patch:
         put(patch, name, twice)
         doubled = run(stage, flags)
-    first, first_doubled = log_of(whole)[0], log_of(doubled)[0]
+    first, first_doubled = log_of(undoubled)[0], log_of(doubled)[0]
     if term:
         assert first[term] != 0
         assert first_doubled[term] == pytest.approx(2 * first[term], rel=1e-5)
     assert first_doubled["loss"] != first["loss"]
-    a, b = (load_file(out / "model.safetensors") for out in (whole, doubled))
+    a, b = (load_file(out / "model.safetensors") for out in (undoubled, doubled))
     assert any(not torch.equal(a[key], b[key]) for key in a)
 
 
@@ -134,12 +146,6 @@ def test_all_functions_of_the_papers_are_covered():
 
 def test_a_changed_file_stops_the_same_command(world, checkpoints, tmp_path, monkeypatch):
     """With real files: a copy of the project, one of whose files is edited after the first call."""
-    import shutil
-    import subprocess
-    import sys
-
-    from conftest import ROOT
-
     for name in "sft.py", "data.py", "losses.py", "model.py", "dft.py":
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "support", tmp_path / "support")
@@ -150,10 +156,9 @@ def test_a_changed_file_stops_the_same_command(world, checkpoints, tmp_path, mon
         file.write("# sft.py does not consist of this, and no word is said of it\n")
     with open(tmp_path / "losses.py", "a") as file:
         file.write("# another thought\n")
-    done = subprocess.run([sys.executable, "sft.py", *argv], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "--out out holds a finished run; since then losses.py changed." in done.stderr
-    assert "--no-resume" in done.stderr
+    with imports_of(str(tmp_path)), pytest.raises(Exception, match="--no-resume") as error:
+        importlib.import_module("sft").main(argv)
+    assert str(error.value).startswith("--out out holds a finished run; since then losses.py changed.")
 
 
 @pytest.fixture
@@ -196,23 +201,12 @@ def test_an_interrupted_run_of_other_code_goes_on_only_if_asked(
 
 
 def test_every_script_names_all_files_that_it_imports():
-    """By another way than the one that is tested: Python's own modules after an import, in a new process."""
-    import subprocess
-    import sys
-
-    from conftest import ROOT
-
-    text = """
-import sys, pathlib
-root = pathlib.Path.cwd()
-for script in "dft", "ckd", "mod_distill":  # one after the other: what is there now, and its own
-    __import__(script)
-    files = [pathlib.Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None)]
-    files = [f for f in files if f.is_relative_to(root) and ".venv" not in f.parts]
-    print(sorted(str(f.relative_to(root)) for f in files))
-"""
-    done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, check=True)
-    named = set()
-    for script, imported in zip(("dft", "ckd", "mod_distill"), done.stdout.splitlines()):
-        named |= set(support_run.code_of(ROOT / f"{script}.py"))
-        assert imported == str(sorted(named))
+    """By another way than the one that is tested: Python's own modules after an import."""
+    named, ours = set(), lambda file: file.is_relative_to(ROOT) and file.parts[-2] != "tests"
+    with imports_of(str(ROOT)):
+        for script in "dft", "ckd", "mod_distill":  # one after the other: what is there now, and its own
+            importlib.import_module(script)
+            files = [Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None)]
+            imported = {str(f.relative_to(ROOT)) for f in files if ours(f) and ".venv" not in f.parts}
+            named |= set(support_run.code_of(ROOT / f"{script}.py"))
+            assert imported == named
