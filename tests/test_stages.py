@@ -52,7 +52,7 @@ def test_stages_on_two_ranks_equal_one_process(chain, world, parts, checkpoints,
     """DPT by torchrun; DFT too in test_resume.py, and SFT there and, between these two, in test_ckd.py."""
     student = ["--vision", parts["vision"], "--llm", parts["small"]]
     teacher = ["--teacher", checkpoints["large"]]
-    launch("dpt.py", [*student, *teacher, *data_flags(world, out=tmp_path / "dpt", micro_batch=2)], ranks=2)
+    launch("dpt.py", [*student, *teacher, *data_flags(world, out=tmp_path / "dpt", micro_batch=2)])
     split = data_flags(world, out=tmp_path / "dft", micro_batch=1)
     on_two_ranks(dft.main, ["--student", f"{chain}/sft", *teacher, *split])
     for stage in "dpt", "dft":
