@@ -207,13 +207,14 @@ def main(argv: list[str] | None = None) -> None:
     do(lab.tasks, args.jobs, lab.out)
     command, seconds = argv or sys.argv[1:], time.time() - start
     for name, group in itertools.groupby(planned, key=lambda plan: plan[0]):
+        page = name if args.world == "shapes" else f"{args.world}-{name}"
         plans, pictures = [rest for _, *rest in group], {}
         if TABLES[name].figure == "experts":
             models = {method: stages[-1] for method, _, seed, stages in plans if seed == args.first_seed}
-            pictures[f"{name}-experts.png"] = f"experts, seed {args.first_seed}"
-            draw_experts(models, lab.world, lab.out / f"{name}-experts.png")
+            pictures[f"{page}-experts.png"] = f"experts, seed {args.first_seed}"
+            draw_experts(models, lab.world, lab.out / f"{page}-experts.png")
         rows = [lab.row(TABLES[name], *plan) for plan in plans]
-        print(write_page(lab.out, name, rows, command, seconds, pictures), end="\n\n")
+        print(write_page(lab.out, page, rows, command, seconds, pictures), end="\n\n")
     print(f"The pages, with a legend, and their rows are in {lab.out}.")
 
 

@@ -41,6 +41,7 @@ order of samples; a teacher is trained once. A claim is **reproduced** or **reve
 the paired difference leaves out 0; else it is undecided, with the number of seeds with which it would be
 decided if mean and spread stayed as they are. Cost: seconds and FLOPs of the first row, by those of the
 second. Fix the number of seeds beforehand: to add some until there is a verdict finds too many."""
+LETTERS = "letters-"  # before the name of a table in that world
 ONE = ("One seed has no interval and gives no verdict. Rows of other seeds differ by some points: "
        "take --seeds 3 or more.")
 
@@ -122,13 +123,14 @@ def machine() -> str:
 
 def commit() -> str:
     ask = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(ask, capture_output=True, text=True).stdout.strip() or "unknown"
+    return f"commit {subprocess.run(ask, capture_output=True, text=True).stdout.strip() or 'unknown'}"
 
 
 def page_of(name: str, made: str, rows: list[dict], pictures: dict[str, str]) -> str:
-    table = TABLES[name]
+    """The page of a table, or of LETTERS and a table."""
+    table = TABLES[name.removeprefix(LETTERS)]
     seeds = sorted({row["seed"] for row in rows if row["method"] in table.rows})
-    parts = [f"# {table.title}", table_of(rows)]
+    parts = [f"# {table.title}" + ": the world of letters" * name.startswith(LETTERS), table_of(rows)]
     parts += [verdicts_of(table, rows)] if table.claims else []
     parts += [ONE] if len(seeds) == 1 else []
     parts += [f"![{title}]({file})" for file, title in pictures.items()]
@@ -138,8 +140,8 @@ def page_of(name: str, made: str, rows: list[dict], pictures: dict[str, str]) ->
 def write_page(out: Path, name: str, rows: list[dict], command: list[str], seconds: float,
                pictures: dict[str, str]) -> str:
     """Write a table's rows as JSON, its figure, and its page, which is returned."""
-    table, how = TABLES[name], f"`{' '.join(['python toy.py', *command])}`, {seconds / 60:.0f} minutes"
-    made = f"Made by {how} for what was not there; commit {commit()}; {machine()}."
+    table, how = TABLES[name.removeprefix(LETTERS)], f"`{' '.join(['python toy.py', *command])}`"
+    made = f"Made by {how} in {seconds / 60:.0f} minutes, but for what was there; {commit()}; {machine()}."
     if table.figure == "curves":
         draw_curves({table.title: grouped(rows)}, out / f"{name}.png")
     else:

@@ -289,7 +289,7 @@ def test_a_published_page_is_of_its_rows_those_of_its_table_and_no_control_took_
     """A control of equal FLOPs has no fewer than what it controls, and one of equal time 90 % of the seconds:
     those of one machine vary.
     """
-    found, table = read(ROOT / f"docs/results/{name}.json"), TABLES[name]
+    found, table = read(ROOT / f"docs/results/{name}.json"), TABLES[name.removeprefix("letters-")]
     page = results.page_of(name, **found) + f"\n\n{results.LEGEND}\n"
     assert page == (ROOT / f"docs/results/{name}.md").read_text()
     assert all((ROOT / "docs/results" / picture).exists() for picture in found["pictures"])
@@ -583,6 +583,23 @@ def test_differences_are_paired_by_seed_and_lies_count_the_other_way():
     assert lies in page
     corrected = results.verdicts_of(Table("t", {}, claims, holm=True), rows)
     assert "| p, Holm |" in corrected and "| 0.4097 | undecided" in corrected  # the smaller of two, doubled
+
+
+def test_a_page_of_letters_says_so_and_one_of_one_seed_that_it_decides_nothing(tmp_path):
+    names = list(TABLES["kd3"].rows)
+    one = {"seed": 0, "scenes": 400, "accuracy": 50.0, "steps": 9, "seconds": 1.0, "tflop": 1.0}
+    rows = [{"method": name} | one for name in names]
+    for name, more in ("kd3", ""), ("letters-kd3", ": the world of letters"):
+        page = results.write_page(tmp_path, name, rows, ["--table", "kd3"], 60.0, {})
+        assert page.startswith(f"# {TABLES['kd3'].title}{more}\n")
+        assert results.ONE in page and "undecided |" in page
+        found = read(tmp_path / f"{name}.json")
+        assert found["rows"] == rows and results.page_of(name, **found) == page
+        assert (tmp_path / f"{name}.md").read_text() == f"{page}\n\n{results.LEGEND}\n"
+        assert (tmp_path / f"{name}.png").exists()
+    again = [row | {"seed": seed, "accuracy": 50.0 + k} for seed in range(3) for k, row in enumerate(rows)]
+    page = results.write_page(tmp_path, "kd3", again, [], 60.0, {})
+    assert results.ONE not in page and "**reproduced**" in page
 
 
 # ------------------------------------------------------------------------- from a command to its page
