@@ -217,7 +217,7 @@ def do(tasks: dict[Path, Task], jobs: int, out: Path) -> None:
     inputs = {key: [i for i in task.inputs if i in tasks] for key, task in tasks.items()}
     todo: dict[Path, int] = {}  # and how much can only be done afterwards
     for key in TopologicalSorter(inputs).static_order():
-        if not tasks[key].is_done() or todo.keys() & inputs[key]:
+        if todo.keys() & inputs[key] or not tasks[key].is_done():
             todo[key] = 0
     for key in reversed(todo):
         for i in todo.keys() & inputs[key]:

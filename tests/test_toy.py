@@ -461,7 +461,12 @@ def test_what_all_else_waits_for_is_done_first_and_the_bar_knows_what_is_left(tm
     for name, (n, inputs) in names.items():
         out, argv, inputs = tmp_path / name, ["--max_steps", str(n)], [tmp_path / i for i in inputs]
         plan[out] = tasks.Task(tasks.train, ROOT / "sft.py", argv, out, inputs, {})
-    monkeypatch.setattr(tasks.Task, "is_done", lambda task: task.out.name == "done")
+
+    def is_done(task: tasks.Task) -> bool:
+        assert all(plan[i].is_done() for i in task.inputs), "of a task whose inputs are to be made"
+        return task.out.name == "done"
+
+    monkeypatch.setattr(tasks.Task, "is_done", is_done)
     tasks.do(plan, 1, tmp_path)
     assert made == ["t", "b", "a", "c"] or made == ["t", "b", "c", "a"]
     assert [tasks.work_of(task) for task in plan.values()] == [100, 250, 100, 100, 9000]
