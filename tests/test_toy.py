@@ -607,6 +607,59 @@ def test_a_page_of_letters_says_so_and_one_of_one_seed_that_it_decides_nothing(t
     assert results.ONE not in page and "**reproduced**" in page
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved, by their files' names."""
+    from matplotlib.figure import Figure
+
+    saved = {}
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: saved.update({Path(path).name: figure}))
+    return saved
+
+
+def rows_of(names: list[str], seeds: int, scenes: tuple[int, ...] = (400,)) -> list[dict]:
+    """Accuracies 10, 20, ... in the order of the names, and a point more for each seed."""
+    rows = [{"method": name, "seed": seed, "scenes": n, "accuracy": 10.0 * k + seed, "tflop": 0.5 * k}
+            for k, name in enumerate(names, 1) for seed in range(seeds) for n in scenes]
+    return [*rows, {"method": "Teacher", "seed": 0, "scenes": 20_000, "accuracy": 94.0, "tflop": 7.0}]
+
+
+def test_a_figure_of_one_seed_has_no_interval_and_the_teacher_is_in_every_one(drawn):
+    rows = {"PT": "pt", "DFT": "dft"}
+    for seeds in 1, 3:
+        groups = intervals.grouped(rows_of([*rows], seeds))
+        figures.draw_table(Table("t", rows, []), groups, Path("bars.png"))
+        (axis,) = drawn["bars.png"].axes
+        assert [label.get_text() for label in axis.get_yticklabels()] == ["PT", "DFT", "Teacher"]
+        middle = seeds // 2
+        assert [bar.get_width() for bar in axis.patches] == pytest.approx([10 + middle, 20 + middle, 94])
+        first, second, teacher = (bars.get_segments()[0].flatten().tolist() for bars in axis.collections)
+        assert teacher == [] and ("interval" in axis.get_xlabel()) == (seeds == 3)
+        half = intervals.t_975(2) / math.sqrt(3)
+        assert first[::2] == pytest.approx([] if seeds == 1 else [11 - half, 11 + half])
+        assert len(second) == len(first)
+    groups = intervals.grouped(rows_of([*rows], 3, (200, 400)))
+    figures.draw_table(Table("t", rows, [], scenes=(200, 400)), groups, Path("lines.png"))
+    (axis,) = drawn["lines.png"].axes
+    assert {text.get_text() for text in axis.get_legend().get_texts()} == {"PT", "DFT", "Teacher"}
+    assert [94.0, 94.0] in [list(line.get_ydata()) for line in axis.lines]
+
+
+def test_curves_are_accuracy_against_flops_a_panel_for_each_table(drawn, tmp_path):
+    for name in "ceiling-16x1", "ceiling-16x2":
+        rows = rows_of(["SFT 800", "SFT 400", "DFT 400"], 3)
+        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": rows}))
+    figures.main([*map(str, sorted(tmp_path.glob("*.json"))), "--picture", "both.png"])
+    axes = drawn["both.png"].axes
+    assert [axis.get_title() for axis in axes] == [TABLES[f"ceiling-16x{k}"].title for k in (1, 2)]
+    for axis in axes:
+        lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines}
+        containers = {bars.get_label(): bars.lines[0] for bars in axis.containers}
+        assert set(containers) == {"SFT", "DFT"} and lines["Teacher"][1] == [94.0, 94.0]
+        assert [list(xy) for xy in containers["SFT"].get_data()] == [[0.5, 1.0], [11.0, 21.0]]
+        assert [list(xy) for xy in containers["DFT"].get_data()] == [[1.5], [31.0]]
+
+
 # ------------------------------------------------------------------------- from a command to its page
 
 
