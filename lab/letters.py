@@ -1,35 +1,28 @@
-"""A second world, on which nothing was tuned: letters, which the pre-trained parts do not know, in the place
-of shapes; the skill "shape" is to read one. Pictures to train on, and those of `val`, have letters of one
-family of fonts, those of `questions` and `describe` of two others.
+"""A second world, on which nothing was tuned: letters in the place of shapes. Pictures to train on, and those
+of `val`, have one family of the text fonts that matplotlib ships; `questions` and `describe` two others.
 """
-
-from __future__ import annotations
 
 import random
 from functools import partial
-from pathlib import Path
 
 from PIL import ImageDraw, ImageFont
 
 from lab import world
 
-LETTERS = list("ABCD")  # the first ones, as many as there are shapes
-# The text fonts among those that matplotlib ships, by their files' names: three families.
-DEJAVU = {"Sans": "Oblique", "SansMono": "Oblique", "Serif": "Italic"}  # a slanted style's name
+LETTERS = list("ABCD")  # the first ones, as many as there are shapes; the skill "shape" is to read one
+DEJAVU = {"Sans": "Oblique", "SansMono": "Oblique", "Serif": "Italic"}  # what its slanted styles are called
 FONTS = [f"DejaVu{family}{style}" for family, slanted in DEJAVU.items()
          for style in ("", f"-{slanted}", "-Bold", f"-Bold{slanted}")]
 TEST_FONTS = ["STIXGeneral", "STIXGeneralItalic", "STIXGeneralBol", "STIXGeneralBolIta",
               "cmr10", "cmti10", "cmb10", "cmss10", "cmtt10"]
 
 
-def draw_letter(
-    fonts: list[str], pen: ImageDraw.ImageDraw, letter: str, x: int, y: int, s: int, fill: tuple[int, ...],
-    rng: random.Random,
-) -> None:
+def draw_letter(fonts: list[str], pen: ImageDraw.ImageDraw, letter: str, x: int, y: int, s: int,
+                fill: tuple[int, ...], rng: random.Random) -> None:
     """Draw a letter in any of the fonts, its longer side about s pixels, its corner at (x, y)."""
     from matplotlib import get_data_path
 
-    path = Path(get_data_path(), "fonts/ttf", f"{rng.choice(fonts)}.ttf")
+    path = f"{get_data_path()}/fonts/ttf/{rng.choice(fonts)}.ttf"
     left, top, right, bottom = ImageFont.truetype(path, 100).getbbox(letter)
     font = ImageFont.truetype(path, 100 * s // max(right - left, bottom - top))
     left, top, *_ = font.getbbox(letter)

@@ -124,7 +124,7 @@ def test_each_world_has_all_kinds_of_files_and_questions_about_its_own_things(sm
 def test_letters_of_the_tables_pictures_are_in_fonts_that_no_training_picture_has(tmp_path, monkeypatch):
     fonts, pictures = [], {}
     load, save = ImageFont.truetype, Image.Image.save
-    seen = lambda path, size: fonts.append(path) or load(path, size)
+    seen = lambda path, size: fonts.append(Path(path)) or load(path, size)
     keep = lambda image, path: pictures.update({path.name: fonts[:]}) or fonts.clear() or save(image, path)
     monkeypatch.setattr(letters.ImageFont, "truetype", seen)
     monkeypatch.setattr(Image.Image, "save", keep)
