@@ -12,6 +12,8 @@ import math
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 import moe
 from data import Batch, LlavaData
@@ -24,83 +26,67 @@ from support.flags import add_flags, cli, new_parser
 
 N = 300  # samples that are looked at, three of a scene
 KINDS = ("image: object", "image: nothing", "colour", "shape", "place", "other words")
-
-
 Groups = dict[tuple[str, int], list[dict]]  # the seeds of each row and number of scenes
 
 
-def half_of(values: list[float]) -> float:
-    """Half of an interval as it is drawn: of one value there is none."""
-    half = interval(values)[1]
-    return math.nan if math.isinf(half) else half
+def mean_and_half(group: list[dict]) -> tuple[float, float]:
+    """The accuracy and half of its interval as it is drawn: of one seed there is none."""
+    mean, half = interval([row["accuracy"] for row in group])
+    return mean, math.nan if math.isinf(half) else half
 
 
-def draw_table(table: Table, groups: Groups, path: Path) -> None:
-    """Bars with intervals, a teacher's too; lines, if the number of scenes varies."""
-    from matplotlib.figure import Figure
+def draw_bars(axis: Axes, table: Table, groups: Groups) -> None:
+    for k, ((name, _), group) in enumerate(groups.items()):
+        mean, half = mean_and_half(group)
+        axis.barh(k, mean, xerr=half, color="#93c5fd" if name in table.rows else "#d4d4d4", capsize=3)
+        axis.text(mean + (0 if math.isnan(half) else half), k, f"  {mean:.1f}", va="center", fontsize=9)
+    axis.set(yticks=range(len(groups)), yticklabels=[name for name, _ in groups])
+    axis.set_xlabel("accuracy, %" + ", with its 95 % interval" * (len(next(iter(groups.values()))) > 1))
+    axis.invert_yaxis()
+    axis.set_xlim(right=1.1 * axis.get_xlim()[1])  # room for the numbers
 
-    one = len(table.scenes) == 1
-    accuracies = {key: [row["accuracy"] for row in group] for key, group in groups.items()}
-    names = [key for key in accuracies if one or key[0] not in table.rows]
-    figure = Figure(figsize=(8, 0.42 * len(names) + 1.4 if one else 4.6), layout="constrained")
-    axis = figure.subplots()
-    if one:
-        for k, key in enumerate(names):
-            mean, half = interval(accuracies[key])[0], half_of(accuracies[key])
-            color = "#93c5fd" if key[0] in table.rows else "#d4d4d4"
-            axis.barh(k, mean, xerr=half, color=color, capsize=3)
-            axis.text(mean + (0 if math.isnan(half) else half), k, f"  {mean:.1f}", va="center", fontsize=9)
-        axis.set(yticks=range(len(names)), yticklabels=[name for name, _ in names])
-        axis.set_xlabel("accuracy, %" + ", with its 95 % interval" * (len(next(iter(groups.values()))) > 1))
-        axis.invert_yaxis()
-        axis.set_xlim(right=1.1 * axis.get_xlim()[1])  # room for the numbers
-    else:
-        for k, name in enumerate(table.rows):
-            points = [accuracies[name, n] for n in table.scenes]
-            scenes = [n * (1 + 0.03 * k) for n in table.scenes]  # so that no interval hides another
-            means, halves = [interval(values)[0] for values in points], [*map(half_of, points)]
-            axis.errorbar(scenes, means, halves, marker="o", capsize=3, label=name)
-        for key in names:
-            axis.axhline(accuracies[key][0], color="k", ls=":", lw=1, label=key[0])
-        axis.set(xscale="log", xlabel="scenes that the student sees", ylabel="accuracy, %")
+
+def draw_lines(axis: Axes, table: Table, groups: Groups) -> None:
+    """Against scenes; "curves" against FLOPs, each with the rows whose names differ in their last word, a
+    number of steps.
+    """
+    lines, names, against_flops = {}, list(table.rows), table.figure == "curves"
+    for (name, scenes), group in groups.items():
+        if name not in names:  # a teacher
+            axis.axhline(group[0]["accuracy"], color="k", ls=":", lw=1, label=name)
+        else:
+            beside = scenes * (1 + 0.03 * names.index(name))  # so that no interval hides another
+            line, x = (name.rsplit(" ", 1)[0], group[0]["tflop"]) if against_flops else (name, beside)
+            lines.setdefault(line, []).append((x, *mean_and_half(group)))
+    for name, points in lines.items():
+        axis.errorbar(*zip(*sorted(points)), marker="o", ms=4, capsize=3, label=name)
+    axis.set(xscale="log", xlabel="TFLOP of all stages" if against_flops else "scenes that the student sees",
+             ylabel="accuracy, %")
+    if not against_flops:
         axis.set_xticks(table.scenes, [f"{n:,}" for n in table.scenes])
         axis.minorticks_off()
-        axis.legend(frameon=False)
-    axis.set_title(table.title, fontsize=10)
-    figure.savefig(path, dpi=110)
+    axis.legend(frameon=False, fontsize=8)
 
 
-def draw_curves(tables: dict[str, Groups], path: Path) -> None:
-    """Accuracy against FLOPs, a panel for each table; a curve has the rows whose names differ in their last
-    word, a number of steps.
-    """
-    from matplotlib.figure import Figure
-
+def draw_tables(tables: list[tuple[Table, Groups]], path: Path) -> None:
+    """A panel for each table: lines where the number of scenes or of steps varies, else bars."""
     columns = min(2, len(tables))
-    figure = Figure(figsize=(5.2 * columns, 3.6 * -(-len(tables) // columns)), layout="constrained")
-    axes = figure.subplots(-(-len(tables) // columns), columns, sharey=True, squeeze=False).flat
-    for axis, (title, groups) in zip(axes, tables.items()):
-        curves: dict[str, list] = {}
-        for (name, _), group in groups.items():
-            values = [row["accuracy"] for row in group]
-            if name == "Teacher":
-                axis.axhline(values[0], color="k", ls=":", lw=1, label=name)
-            else:
-                point = group[0]["tflop"], interval(values)[0], half_of(values)
-                curves.setdefault(name.rsplit(" ", 1)[0], []).append(point)
-        for name, points in curves.items():
-            axis.errorbar(*zip(*sorted(points)), marker="o", ms=4, capsize=3, label=name)
-        axis.set(xscale="log", xlabel="TFLOP of all stages", ylabel="accuracy, %")
-        axis.set_title(title, fontsize=9)
-        axis.legend(frameon=False, fontsize=8)
+    n_rows = -(-len(tables) // columns)
+    has_lines = [table.figure == "curves" or len(table.scenes) > 1 for table, _ in tables]
+    height = max(4.6 if lines else 0.42 * len(groups) + 1.4 for lines, (_, groups) in zip(has_lines, tables))
+    figure = Figure(figsize=(4 + 4 * columns, height * n_rows), layout="constrained")
+    axes = figure.subplots(n_rows, columns, sharey=all(has_lines), squeeze=False).flat
+    for axis, lines, (table, groups) in zip(axes, has_lines, tables):
+        (draw_lines if lines else draw_bars)(axis, table, groups)
+        axis.set_title(table.title, fontsize=10)
     figure.savefig(path, dpi=110)
 
 
 def read_batch(model: Llava, world: Path) -> tuple[Batch, list[str]]:
     """The first samples of all data, and the caption of each."""
-    files = {"data": str(world / "mixed.json"), "images": str(world / "images")}
-    data = LlavaData(argparse.Namespace(**files, skip_bad=0, max_len=128), model)
-    records = json.loads((world / "mixed.json").read_text())[:N]
+    file, images = str(world / "mixed.json"), str(world / "images")
+    data = LlavaData(argparse.Namespace(data=file, images=images, skip_bad=0, max_len=128), model)
+    records = json.loads(Path(file).read_text())[:N]
     captions = [records[i - i % 3]["conversations"][1]["value"] for i in range(len(records))]
     return data.collate([data[i] for i in range(len(records))]), captions
 
@@ -122,12 +108,9 @@ def kinds_of(model: Llava, batch: Batch, captions: list[str]) -> torch.Tensor:
 @torch.no_grad()
 def draw_experts(models: dict[str, Path], world: Path, path: Path) -> None:
     """The first sparse layer of every sparse model: what share of a kind's choices each expert is."""
-    from matplotlib.figure import Figure
-
     loaded = {name: Llava.from_checkpoint(str(model)) for name, model in models.items()}
     sparse = {name: model.eval() for name, model in loaded.items() if moe.is_sparse(model)}
-    size = (3 * len(sparse) + 1.2, 3)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=(3 * len(sparse) + 1.2, 3), layout="constrained")
     axes = figure.subplots(1, len(sparse), sharey=True, squeeze=False)
     for axis, (name, model) in zip(axes.flat, sparse.items()):
         batch, captions = read_batch(model, world)
@@ -141,7 +124,7 @@ def draw_experts(models: dict[str, Path], world: Path, path: Path) -> None:
         axis.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
         for (k, e), share in zip(torch.cartesian_prod(*map(torch.arange, shares.shape)), shares.flatten()):
             axis.text(e, k, f"{100 * share:.0f}", ha="center", va="center", color="w" if share > 0.6 else "k")
-        axis.set(yticks=range(6), yticklabels=KINDS, xticks=range(router.num_experts), xlabel="expert")
+        axis.set(yticks=range(6), yticklabels=KINDS, xticks=range(n), xlabel="expert")
         axis.set_title(name, fontsize=9)
     figure.suptitle("percent of a kind's choices that go to each expert, first sparse layer", fontsize=10)
     figure.savefig(path, dpi=110)
@@ -152,9 +135,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("files", nargs="+", help="JSON files of rows, as toy.py writes them")
     add_flags(parser, "the picture", [("--picture", str, "out/curves.png", "where to draw it")])
     args = parser.parse_args(argv)
-    tables = {TABLES[Path(file).stem].title: grouped(json.loads(Path(file).read_text())["rows"])
-              for file in args.files}
-    draw_curves(tables, Path(args.picture))
+    tables = [(TABLES[path.stem], grouped(json.loads(path.read_text())["rows"]))
+              for path in map(Path, args.files)]
+    draw_tables(tables, Path(args.picture))
 
 
 if __name__ == "__main__":

@@ -11,19 +11,15 @@ from pathlib import Path
 
 import torch
 
-from lab.figures import draw_curves, draw_table
+from lab.figures import draw_tables
 from lab.intervals import grouped, holm, interval, p_value
 from lab.tables import TABLES, Table
 from lab.world import POPE, SKILLS
 from support.run import ROOT
 
-LOWER = ("response_rate", "mention_rate")  # the less the better
-WHOLE = dict.fromkeys(SKILLS)  # columns without an interval
-COLUMNS = {
-    "unseen": "unseen", **{f"POPE {kind}": f"POPE {kind}" for kind in POPE},
-    "response_rate": "lies, answers", "mention_rate": "lies, objects", "recall": "recall",
-    **{f"{what}, {rows}": f"{what}, {rows}" for what in ("agree", "KL") for rows in ("answers", "images")},
-}
+LIES = {"response_rate": "lies, answers", "mention_rate": "lies, objects"}  # the less the better
+COLUMNS = (*SKILLS, "unseen", *(f"POPE {kind}" for kind in POPE), *LIES, "recall",
+           *(f"{what}, {rows}" for what in ("agree", "KL") for rows in ("answers", "images")))
 LEGEND = """\
 Accuracy: percent of right answers about pictures that no model was trained on (most show what some training
 picture shows too), the mean over the seeds with its 95 % interval; then by skill. Unseen: questions about an
@@ -63,9 +59,8 @@ def plus_minus(values: list[float], sign: str = "", digits: int = 1) -> str:
 
 
 def markdown(lines: list[list[str]]) -> str:
-    return "\n".join(
-        "| " + " | ".join(cells) + " |" for cells in (lines[0], ["---"] * len(lines[0]), *lines[1:])
-    )
+    with_rule = lines[0], ["---"] * len(lines[0]), *lines[1:]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in with_rule)
 
 
 def costs_of(group: list[dict]) -> tuple[float, float]:
@@ -73,12 +68,12 @@ def costs_of(group: list[dict]) -> tuple[float, float]:
 
 
 def table_of(rows: list[dict]) -> str:
-    columns = [name for name in WHOLE | COLUMNS if name in rows[0]]
-    names = (COLUMNS.get(column, column) for column in columns)
+    columns = [column for column in COLUMNS if column in rows[0]]
+    names = (LIES.get(column, column) for column in columns)
     lines = [["stages", "scenes", "accuracy", *names, "steps", "seconds", "TFLOP"]]
     for (method, scenes), group in grouped(rows).items():
         found = {column: [row[column] for row in group] for column in columns}
-        values = [f"{statistics.fmean(found[c]):.0f}" if c in WHOLE
+        values = [f"{statistics.fmean(found[c]):.0f}" if c in SKILLS
                   else plus_minus(found[c], digits=3 if c.startswith("KL") else 1) for c in columns]
         seconds, tflop = costs_of(group)
         accuracy = f"**{plus_minus([r['accuracy'] for r in group])}**"
@@ -89,22 +84,22 @@ def table_of(rows: list[dict]) -> str:
 
 def verdicts_of(table: Table, rows: list[dict]) -> str:
     """A line for each claim and number of scenes; Holm's correction is over the claims of one number."""
-    lines = [["claim", "in", "scenes", "difference, 95 % interval", "right in", "cost", "p", "verdict"]]
-    lines[0][-2] += ", Holm" * table.holm
+    lines = [["claim", "in", "scenes", "difference, 95 % interval", "right in", "cost",
+              "p" + ", Holm" * table.holm, "verdict"]]
     groups = grouped(rows)
     for scenes in table.scenes:
         found = []
         for claim in table.claims:
             better, worse, name = (*claim, "accuracy")[:3]
-            sign, word = (-1, "lower") if name in LOWER else (1, "higher")
+            sign, word = (-1, "lower") if name in LIES else (1, "higher")
             first, second = groups[better, scenes], groups[worse, scenes]
-            pairs = zip(first, second, strict=True)  # seed by seed
-            gains = [sign * (a[name] - b[name]) for a, b in pairs]
+            gains = [sign * (a[name] - b[name]) for a, b in zip(first, second, strict=True)]  # seed by seed
             ratios = (f"{a / b:.2f}" for a, b in zip(costs_of(first), costs_of(second)))
-            right = f"{sum(gain > 0 for gain in gains)} of {len(gains)}"
-            difference = plus_minus([sign * gain for gain in gains], "+")
-            what = f"{better} {word} than {worse}", COLUMNS.get(name, name), f"{scenes:,}"
-            found.append((gains, [*what, difference, right, ", ".join(ratios)]))
+            found.append((gains, [
+                f"{better} {word} than {worse}", LIES.get(name, name), f"{scenes:,}",
+                plus_minus([sign * gain for gain in gains], "+"),
+                f"{sum(gain > 0 for gain in gains)} of {len(gains)}", ", ".join(ratios),
+            ]))
         p = [p_value(gains) for gains, _ in found]
         for (gains, line), value in zip(found, holm(p) if table.holm else p):
             lines.append([*line, f"{value:.4f}", verdict(gains, value)])
@@ -142,10 +137,7 @@ def write_page(out: Path, name: str, rows: list[dict], command: list[str], secon
     """Write a table's rows as JSON, its figure, and its page, which is returned."""
     table, how = TABLES[name.removeprefix(LETTERS)], f"`{' '.join(['python toy.py', *command])}`"
     made = f"Made by {how} in {seconds / 60:.0f} minutes, but for what was there; {commit()}; {machine()}."
-    if table.figure == "curves":
-        draw_curves({table.title: grouped(rows)}, out / f"{name}.png")
-    else:
-        draw_table(table, grouped(rows), out / f"{name}.png")
+    draw_tables([(table, grouped(rows))], out / f"{name}.png")
     pictures = {f"{name}.png": table.title} | pictures
     head = json.dumps({"made": made, "pictures": pictures}, indent=1)
     lines = ",\n  ".join(map(json.dumps, rows))

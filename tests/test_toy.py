@@ -628,7 +628,7 @@ def test_a_figure_of_one_seed_has_no_interval_and_the_teacher_is_in_every_one(dr
     rows = {"PT": "pt", "DFT": "dft"}
     for seeds in 1, 3:
         groups = intervals.grouped(rows_of([*rows], seeds))
-        figures.draw_table(Table("t", rows, []), groups, Path("bars.png"))
+        figures.draw_tables([(Table("t", rows, []), groups)], Path("bars.png"))
         (axis,) = drawn["bars.png"].axes
         assert [label.get_text() for label in axis.get_yticklabels()] == ["PT", "DFT", "Teacher"]
         middle = seeds // 2
@@ -639,7 +639,7 @@ def test_a_figure_of_one_seed_has_no_interval_and_the_teacher_is_in_every_one(dr
         assert first[::2] == pytest.approx([] if seeds == 1 else [11 - half, 11 + half])
         assert len(second) == len(first)
     groups = intervals.grouped(rows_of([*rows], 3, (200, 400)))
-    figures.draw_table(Table("t", rows, [], scenes=(200, 400)), groups, Path("lines.png"))
+    figures.draw_tables([(Table("t", rows, [], scenes=(200, 400)), groups)], Path("lines.png"))
     (axis,) = drawn["lines.png"].axes
     assert {text.get_text() for text in axis.get_legend().get_texts()} == {"PT", "DFT", "Teacher"}
     assert [94.0, 94.0] in [list(line.get_ydata()) for line in axis.lines]
