@@ -22,15 +22,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-import dft
 import dpt
 import mod_distill
-import sft
+from lab.plan import STAGES
 from lab.world import BASE, write_world
 from moe import sparsify
 from support.flags import cli, new_parser, to_argv
-
-STAGES = {"dpt": dpt, "sft": sft, "dft": dft} | dict.fromkeys(mod_distill.STEPS, mod_distill)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
