@@ -49,16 +49,16 @@ def at(stages: str) -> dict[str, str]:
 
 def ceiling(title: str, llm: str, sft: str, dft: str) -> Table:
     """The last stage, longer and longer: SFT, DFT, and DFT followed by SFT, at these learning rates."""
-    rows = {}
-    for n in 400, 800, 1600, 3200, 6400, 12800:
+    rows, budgets = {}, (400, 800, 1600, 3200, 6400, 12800, 25600)
+    for n in budgets:
         rows[f"SFT {n}"] = f"pt --llm {llm} | sft --max_steps {n} --lr {sft}"
-        if n <= 6400:
+        if 2 * n in budgets:
             half = f"--max_steps {n // 2} --lr"
             rows[f"DFT {n}"] = f"pt --llm {llm} | dft --max_steps {n} --lr {dft}"
             rows[f"DFT, SFT {n}"] = f"pt --llm {llm} | dft {half} {dft} | sft {half} {sft}"
-    claims = [(f"{kind} {n}", f"SFT {m * n}") for m in (1, 2) for kind in ("DFT", "DFT, SFT")
-              for n in (400, 800, 1600, 3200, 6400)]  # twice the steps of SFT take as long as DFT's
-    flat = [("DFT 6400", "DFT 3200"), ("SFT 6400", "SFT 3200"), ("SFT 12800", "SFT 6400")]
+    claims = [(f"{kind} {n}", f"SFT {m * n}") for kind, times in (("DFT", (1, 2, 8)), ("DFT, SFT", (1, 2)))
+              for m in times for n in budgets[:-1] if m * n in budgets]  # equal steps, time, FLOPs: see costs
+    flat = [("DFT 12800", "DFT 6400"), ("SFT 12800", "SFT 6400"), ("SFT 25600", "SFT 12800")]
     return Table(f"How far a student gets: {title}", rows, claims + flat, scenes=(16000,), figure="curves")
 
 
@@ -67,8 +67,12 @@ SPARSE = "pt | d2d --kl 0 --ar 1 | d2s --kl 0"  # MIMIC without a teacher
 METHOD = {"PT+SFT": SFT, "PT+SFT+SFT, equal time *": f"{SFT} | {TIME}",
           "PT+SFT+SFT, equal FLOPs *": f"{SFT} | {FLOPS}", "DPT+SFT+DFT": KD}
 BEST = [("DPT+SFT+DFT", control) for control in list(METHOD)[:3]]
-STUDENTS = {"16x1": "16 wide, 1 layer", "16x2": "16 wide, 2 layers", "24x2": "24 wide, 2 layers",
-            "small": "32 wide, 2 layers"}  # of the tables `ceiling`
+STUDENTS = {  # title, --llm, rates of a longer SFT and DFT, which tables `rates-` chose
+    "16x1": ("16 wide, 1 layer", "16x1", "4e-3", "1.6e-2"),
+    "16x2": ("16 wide, 2 layers", "16x2", "4e-3", "8e-3"),
+    "24x2": ("24 wide, 2 layers", "24x2", "4e-3", "8e-3"),
+    "32x2": ("32 wide, 2 layers", "small", "4e-3", "4e-3"),
+}
 IDEAS = ("reverse_kl", "skewed_kl", "jsd", "top_k", "entropy", "decoupled", "projector_relation", "affinity",
          "attention", "two_teachers --teacher2 assistant", "learned_weights", "on_policy")  # docs/forks
 TERMS = {
@@ -166,14 +170,10 @@ TABLES = {
         | at(f"{SFT} | {TIME}") | at(f"{SFT} | {FLOPS}") | at(KD), [], scenes=(400, 16000), questions="val"),
     "rates-mod": Table("Learning rates of the last stage of LLaVA-MoD, on questions of their own",
         at(MIMIC) | at(f"{SPARSE} --max_steps 750"), [], "mixed", questions="val"),
-    "rates-ceiling": Table("Learning rates of a longer last stage, on questions of their own", {
-        name: row for llm in STUDENTS for last in ("sft", "dft")
-        for name, row in at(f"pt --llm {llm} | {last} --max_steps 1600").items()
-    }, [], scenes=(16000,), questions="val"),
-    "ceiling-16x1": ceiling(STUDENTS["16x1"], "16x1", sft="4e-3", dft="1.6e-2"),
-    "ceiling-16x2": ceiling(STUDENTS["16x2"], "16x2", sft="4e-3", dft="8e-3"),
-    "ceiling-24x2": ceiling(STUDENTS["24x2"], "24x2", sft="4e-3", dft="8e-3"),
-    "ceiling-32x2": ceiling(STUDENTS["small"], "small", sft="4e-3", dft="4e-3"),
+    **{f"rates-{name}": Table(f"Learning rates of a last stage of 1,600 steps: {title}",
+        at(f"pt --llm {llm} | sft --max_steps 1600") | at(f"pt --llm {llm} | dft --max_steps 1600"), [],
+        scenes=(16000,), questions="val") for name, (title, llm, *_) in STUDENTS.items()},
+    **{f"ceiling-{name}": ceiling(*student) for name, student in STUDENTS.items()},
     "forks": Table("Twelve ideas against LLaVA-KD", {
         "LLaVA-KD": KD, **{idea.split()[0]: f"{KD} --fork {idea}" for idea in IDEAS}
     }, [(idea.split()[0], "LLaVA-KD") for idea in IDEAS], scenes=(200, 16000), holm=True),
