@@ -87,9 +87,9 @@ def kept_by(run: Callable[[], object]) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def kept_by_llm(text: hf.PretrainedConfig, shape: tuple[int, int], dtype: torch.dtype) -> list[int]:
+def kept_by_llm(text: hf.PretrainedConfig, shape: tuple, dtype: torch.dtype, trained: bool) -> list[int]:
     """Bytes that a dense language model keeps for its backward pass on (B, T) tokens: without layers, by each
-    layer, and of that by its FFN. It is run on tensors that have shapes and no numbers.
+    layer, of that by its FFN, and by an FFN if it is trained. It is run on tensors without numbers.
     """
     text = copy.deepcopy(text)
     if text.model_type.endswith("_moe"):  # of a token each expert keeps what the dense FFN would
@@ -97,12 +97,13 @@ def kept_by_llm(text: hf.PretrainedConfig, shape: tuple[int, int], dtype: torch.
         text = hf.AutoConfig.for_model(**text.to_dict() | dense)
     text.num_hidden_layers = 2
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
-        x, body = torch.empty(*shape, text.hidden_size, requires_grad=True), hf.AutoModel.from_config(text)
-        ffn = kept_by(lambda: body.layers[0].mlp(x))
+        x = torch.empty(*shape, text.hidden_size, requires_grad=True)
+        body = hf.AutoModel.from_config(text, dtype=torch.float32)  # as students are, however published
+        ffns = [kept_by(lambda: body.requires_grad_(on).layers[0].mlp(x)) for on in (True, trained)]
         two = kept_by(lambda: body(inputs_embeds=x, use_cache=False))
         del body.layers[1]
         one = kept_by(lambda: body(inputs_embeds=x, use_cache=False))
-    return [2 * one - two, two - one, ffn]
+    return [2 * one - two, two - one, ffns[1], ffns[0]]
 
 
 def step(args: argparse.Namespace, tokens: int | None = None) -> dict[str, float]:
@@ -121,21 +122,25 @@ def step(args: argparse.Namespace, tokens: int | None = None) -> dict[str, float
     t, t_bytes = dict.fromkeys(n, 0), 0  # the teacher's, if there is one
     if theirs:
         t, t_bytes = sizes(theirs), precision(args.teacher_dtype, dtype).itemsize
-        looks = [c.vision_config.to_dict() | {"layer": c.vision_feature_layer} for c in (config, theirs)]
-        if looks[0] == looks[1]:  # then one tower serves both
+        looks = [(checkpoints.kind_of(c.vision_config), c.vision_config.hidden_size, c.vision_feature_layer)
+                 for c in (config, theirs)]
+        if looks[0] == looks[1]:  # then, if its weights are the same too, one tower serves both
             t["all"], t["vision"] = t["all"] - t["vision"], 0
     targets, gamma = getattr(args, "targets", []), bool(getattr(args, "gamma", 0))
 
     # ---- memory
     rows, n_layers = args.micro_batch * answers, text.num_hidden_layers
     stream = 4 * rows * tokens * n["width"]  # the hidden states between two layers
-    rest, layer, ffn = kept_by_llm(text, (rows, tokens), dtype)
-    more = ffn * (n["top_k"] - 1)  # of a sparse layer
+    in_bf16 = 2 * (dtype != torch.float32)  # bytes of a weight's copy, as products take it
+    rest, layer, ffn, expert = kept_by_llm(text, (rows, tokens), dtype, head_too)
+    copies = in_bf16 * n["idle"] / max(n["sparse layers"], 1)  # of other experts; a token goes through top_k
+    more = (expert * n["top_k"] + copies - ffn) * (n["moe"] > 0)  # of a sparse layer
     kept = n_layers * layer + n["sparse layers"] * more
     if args.gradient_checkpointing:
         kept = layer + more + n_layers * stream
     n_read = rows * (tokens if "visual" in targets else tokens - n_visual)  # whose logits are formed
     logits, d_head = n_read * text.vocab_size, 4 * n["head"] * head_too
+    cast = in_bf16 * n["head"] * (1 + head_too * (1 if gpu else 3))  # casts of the head and of d_head's parts
     chunk = min(logits, chunks.CHUNK * (chunks.ON_GPU if gpu else 1))
     block = chunk if gpu else min(logits, chunks.BLOCK)
     grams = 8 * gamma * (n["width"] ** 2 + t["width"] ** 2)
@@ -143,7 +148,7 @@ def step(args: argparse.Namespace, tokens: int | None = None) -> dict[str, float
         "student": 4 * n["all"], "teacher": t_bytes * t["all"], "gradients": 4 * trained,
         "optimizer": 8 * trained / (args.gpus if args.shard == "optimizer" and gpu else 1),
         "activations": rest + stream + kept,
-        "losses": chunk * (dtype.itemsize + t_bytes) + 28 * block + d_head + grams,
+        "losses": chunk * (dtype.itemsize + t_bytes) + 28 * block + d_head + cast + grams,
         "backward": layer + more + d_head, "set aside": SET_ASIDE * gpu,
     }
     # Gradients of a single pass come into being as activations go; between several passes they stay.

@@ -8,11 +8,12 @@ import json
 import pytest
 import torch
 import transformers as hf
-from conftest import NP, log_of, new_student, turns
+from conftest import NP, data_flags, log_of, new_student, turns
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import dft
+import moe
 from lab import bench, plan, report
 from support.flags import InputError
 
@@ -34,10 +35,10 @@ def text_config(width: int, ffn: int, depth: int, heads: int, vocab: int, tied=F
 def shapes(tmp_path_factory):
     """Folders with nothing but a config.json: a tower, a language model, and both as LLaVA checkpoints."""
     root = tmp_path_factory.mktemp("shapes")
-    vision_config(56).save_pretrained(root / "vision")
-    for name, width in ("student", 32), ("teacher", 64):
+    for name, width, vision in ("student", 32, "vision"), ("teacher", 64, "vision-elsewhere"):
+        vision_config(56).save_pretrained(root / vision)  # the same one, but its config names the folder
         text_config(width, 2 * width, 2, 2, 512, name == "student").save_pretrained(root / f"{name}-llm")
-        plan.read_config(f"{root}/vision+{root}/{name}-llm").save_pretrained(root / name)
+        plan.read_config(f"{root}/{vision}+{root}/{name}-llm").save_pretrained(root / name)
     return root
 
 
@@ -46,14 +47,16 @@ def need(shapes, stage: str, *more: str, teacher: bool = True, tokens: int = 46)
     return plan.step(plan.parse_args([*argv, *more]), tokens)
 
 
-def peak_of(argv: list[str]) -> dict[str, float]:
-    """The peak of resident memory in a run of dft.py, in MiB beyond what the process had after importing."""
+def peak_of(tiny: list[str], argv: list[str]) -> dict[str, float]:
+    """The peak of resident memory in a run of dft.py, in MiB beyond what a process has after a tiny one: the
+    libraries, of which some parts are loaded only when they are used."""
+    dft.main(tiny)
     before = bench.memory()
     dft.main(argv)
     return {"MiB": bench.memory(peak=True) - before}
 
 
-def test_memory_is_what_a_run_takes(tmp_path, tokenizer, monkeypatch):
+def test_memory_is_what_a_run_takes(tmp_path, tokenizer, monkeypatch, checkpoints, world):
     """Within 15 % of the peak of a real run of two steps on 829 tokens."""
     hf.SiglipVisionModel(vision_config(384)).save_pretrained(tmp_path / "vision")
     hf.SiglipImageProcessorPil(size={"height": 384, "width": 384}).save_pretrained(tmp_path / "vision")
@@ -73,11 +76,23 @@ def test_memory_is_what_a_run_takes(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     given = [*models, "--teacher_dtype", "bf16", "--micro_batch", "1", "--global_batch", "1"]
     where = ["--data", f"{tmp_path}/data.json", "--images", str(tmp_path), "--out", f"{tmp_path}/out"]
-    measured = bench.in_own_process(peak_of, [*given, *where, "--dtype", "fp32", "--workers", "0"])["MiB"]
+    tiny = ["--student", checkpoints["small"], "--teacher", checkpoints["large"], *data_flags(world)]
+    tiny += ["--max_steps", "2", "--out", f"{tmp_path}/tiny"]
+    argv = [*given, *where, "--dtype", "fp32", "--workers", "0"]
+    measured = bench.in_own_process(peak_of, tiny, argv)["MiB"]
     planned = plan.step(plan.parse_args(["dft", *given, "--gpus", "0"]), 829)
     assert planned["together"] / 2**20 == pytest.approx(measured, rel=0.15)
     weights = planned["student"] + planned["teacher"] + planned["optimizer"]
     assert 0.25 * weights < planned["activations"] < 4 * weights  # both are a good part of it
+
+
+def test_a_teacher_that_sees_otherwise_keeps_its_tower(shapes, tmp_path):
+    for part, name, value in ("vision_config", "hidden_size", 32), ("", "vision_feature_layer", -1):
+        config = hf.AutoConfig.from_pretrained(shapes / "teacher")
+        setattr(getattr(config, part, config), name, value)
+        config.save_pretrained(tmp_path / name)
+        argv = ["dft", "--student", f"{shapes}/student", "--teacher", str(tmp_path / name)]
+        assert plan.step(plan.parse_args(argv), 46)["n_teacher"] == plan.sizes(config)["all"]
 
 
 def test_parts_are_what_the_shapes_say(shapes):
@@ -118,6 +133,46 @@ def test_what_makes_a_run_smaller(shapes):
     assert again["flops"] > full["flops"]
     shared = need(shapes, "sft", "--gpus", "4", "--shard", "optimizer", teacher=False)
     assert 4 * shared["optimizer"] == need(shapes, "sft", "--gpus", "4", teacher=False)["optimizer"]
+
+
+def test_weights_that_products_take_in_bf16_are_copied(shapes):
+    """Beside the student's own in fp32, whatever its LLM was published in; none in an fp32 run."""
+    more = ["--micro_batch", "1", "--dtype"]
+    exact, half = (need(shapes, "sft", *more, dtype, teacher=False) for dtype in ("fp32", "bf16"))
+    head, logits = 512 * 32, 30 * 512  # a copy of the head, then its gradient in bf16; logits of the text
+    assert half["losses"] - exact["losses"] == 2 * 2 * head - 2 * logits
+    on_cpu = [need(shapes, "sft", *more, dtype, "--gpus", "0", teacher=False) for dtype in ("fp32", "bf16")]
+    assert on_cpu[1]["losses"] - on_cpu[0]["losses"] == (2 * 2 + 4) * head - 2 * logits
+    for dtype, n_bytes in ("fp32", 0), ("bf16", 2):
+        few, many = (need(shapes, "d2s", *more, dtype, "--experts", n)["activations"] for n in ("4", "8"))
+        copied = n_bytes * 4 * 3 * 32 * 64  # of four more experts, in one of two layers
+        assert many - few == pytest.approx(copied, rel=0.01)  # routers are counted with them
+    config = hf.AutoConfig.from_pretrained(shapes / "student").text_config
+    config.dtype = torch.float32
+    told = plan.kept_by_llm(config, (1, 46), torch.bfloat16, True)
+    config.dtype = torch.bfloat16
+    assert plan.kept_by_llm(config, (1, 46), torch.bfloat16, True) == told
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpt", "d2s"])
+def test_layers_keep_what_those_of_a_real_model_keep(tmp_path, stage):
+    """All of them trained; frozen, so that no gradient of a weight needs their input; one of two sparse."""
+    config = hf.LlavaConfig(vision_config=vision_config(56), text_config=text_config(256, 704, 2, 4, 512))
+    config.save_pretrained(tmp_path)
+    given = ["--student", str(tmp_path), "--dtype", "bf16", "--micro_batch", "1"]
+    told = plan.step(plan.parse_args([stage, *given, *(["--kl", "0"] if stage == "d2s" else [])]), 200)
+    llava = hf.LlavaForConditionalGeneration(config).model
+    x, body = torch.randn(1, 200, 256, requires_grad=True), llava.language_model
+    body.requires_grad_(stage == "sft")
+    if stage == "d2s":
+        moe.sparsify(llava, experts=4, top_k=2, layers="every_other")
+        for part in moe.modules(llava, moe.Router) + moe.modules(llava, moe.Experts):
+            part.requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        real = plan.kept_by(lambda: body(inputs_embeds=x, use_cache=False))
+    assert told["activations"] - x.nbytes == pytest.approx(real, rel=0.1)
+    if stage == "dpt":
+        assert 2 * told["backward"] < told["activations"]  # of one layer, and nothing is sparse
 
 
 def test_every_stage_has_a_plan(shapes, capsys):
