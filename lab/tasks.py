@@ -88,6 +88,10 @@ def note(out: Path) -> dict:
     return json.loads(Path(f"{out}.json").read_text())
 
 
+def steps_of(task: Task) -> int:
+    return int(task.argv[task.argv.index("--max_steps") + 1])
+
+
 def train(task: Task) -> None:
     """Run a stage, or go on with it. Its seconds are those of the processor, which do not grow where other
     programs run, without those of reading.
@@ -116,8 +120,7 @@ def count(task: Task) -> None:
             argv[argv.index(flag) + 1] = value
         with sdpa_kernel(SDPBackend.MATH), counter:
             stage.main(argv)
-    steps = int(task.argv[task.argv.index("--max_steps") + 1])
-    task.record(tflop=counter.get_total_flops() * steps / 1e12)
+    task.record(tflop=counter.get_total_flops() * steps_of(task) / 1e12)
 
 
 def score(task: Task) -> None:
@@ -199,8 +202,7 @@ def work_of(task: Task) -> int:
     """How long a task takes, roughly, in steps of the small student; a teacher's are five times as long."""
     if task.call is not train:
         return 100
-    steps = int(task.argv[task.argv.index("--max_steps") + 1])
-    return steps * (1 + ("--teacher" in task.argv)) * (1 if "seed" in str(task.out.parent) else 5)
+    return steps_of(task) * (1 + ("--teacher" in task.argv)) * (1 if "seed" in str(task.out.parent) else 5)
 
 
 def done_of(task: Task) -> float:
@@ -208,8 +210,7 @@ def done_of(task: Task) -> float:
     log = task.out / "log.jsonl"
     if task.call is not train or not log.exists():
         return 0
-    steps = int(task.argv[task.argv.index("--max_steps") + 1])
-    return work_of(task) * min(1, log.read_bytes().count(b"\n") / steps)
+    return work_of(task) * min(1, log.read_bytes().count(b"\n") / steps_of(task))
 
 
 def do(tasks: dict[Path, Task], jobs: int, out: Path) -> None:
