@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
             check_samples(run, micros, total.bad)
             logged, whole = [], None  # whole: `sums` over the global batch; balance loss and KTO need them
             if sparse and len(micros) > 1:  # a pass ahead, without gradients
-                whole, teaches = 0, teacher if args.po == "kto" else None
+                whole, teaches = 0, teacher if preference and args.po == "kto" else None
                 with torch.no_grad(), torch.random.fork_rng(devices):  # the same noise comes again below
                     for batch in micros:
                         _, _, ratios = passes(batch.to(ranks.device), student, teaches)

@@ -411,12 +411,20 @@ def test_routers_and_checkpointing(chain, world, checkpoints, tmp_path, flags):
 def test_the_balance_loss_is_of_the_experts_that_are_trained(world, checkpoints, tmp_path, monkeypatch):
     """The pass ahead, which counts each expert's tokens, must draw the noise that the training pass draws."""
     given, trained, balance = [], [], mod_distill.mean_balance_loss
+    passes, load_teacher = [], mod_distill.load_teacher
+
+    def counted(*args):
+        teacher = load_teacher(*args)
+        teacher.register_forward_hook(lambda *_: passes.append(1))
+        return teacher
+
+    monkeypatch.setattr(mod_distill, "load_teacher", counted)
     monkeypatch.setattr(mod_distill, "mean_balance_loss", lambda student, load, n_tokens: (
         given.append(load), trained.append(moe.expert_load(student)), balance(student, load, n_tokens))[-1])
     argv = ["--step", "d2s", "--student", checkpoints["small"], "--teacher", checkpoints["large"]]
     size = {"global_batch": 4, "micro_batch": 2, "max_steps": 1}
     mod_distill.main([*argv, "--router", "rsample", *data_flags(world, out=tmp_path / "out", **size)])
-    assert len(trained) == 2
+    assert len(trained) == len(passes) == 2  # and the teacher is not asked ahead: it counts no tokens
     load = sum(trained).double()
     for shares in given:
         assert torch.allclose(shares, load / load.sum(1, keepdim=True))
