@@ -41,15 +41,15 @@ def cascade(*teachers: str) -> str:
     return " | ".join(f"dpt --teacher {t} {CKD} | sft | dft --teacher {t} {CKD}" for t in teachers)
 
 
-def at(stages: str) -> dict[str, str]:
+def at(stages: str, *more: str) -> dict[str, str]:
     """Rows that differ in the peak learning rate of the last stage."""
-    rows = (f"{stages.split(' --lr ')[0]} --lr {rate}" for rate in ("2e-3", "4e-3", "8e-3", "1.6e-2"))
+    rows = (f"{stages.split(' --lr ')[0]} --lr {rate}" for rate in ("2e-3", "4e-3", "8e-3", "1.6e-2", *more))
     return {row.replace(" | ", ", "): row for row in rows}
 
 
-def ceiling(title: str, llm: str, sft: str, dft: str) -> Table:
+def ceiling(title: str, llm: str, sft: str, dft: str, doublings: int) -> Table:
     """The last stage, longer and longer: SFT, DFT, and DFT followed by SFT, at these learning rates."""
-    rows, budgets = {}, (400, 800, 1600, 3200, 6400, 12800, 25600)
+    rows, budgets = {}, [400 << k for k in range(doublings + 1)]
     for n in budgets:
         rows[f"SFT {n}"] = f"pt --llm {llm} | sft --max_steps {n} --lr {sft}"
         if 2 * n in budgets:
@@ -58,7 +58,9 @@ def ceiling(title: str, llm: str, sft: str, dft: str) -> Table:
             rows[f"DFT, SFT {n}"] = f"pt --llm {llm} | dft {half} {dft} | sft {half} {sft}"
     claims = [(f"{kind} {n}", f"SFT {m * n}") for kind, times in (("DFT", (1, 2, 8)), ("DFT, SFT", (1, 2)))
               for m in times for n in budgets[:-1] if m * n in budgets]  # equal steps, time, FLOPs: see costs
-    flat = [("DFT 12800", "DFT 6400"), ("SFT 12800", "SFT 6400"), ("SFT 25600", "SFT 12800")]
+    quarter, half, longest = budgets[-3:]
+    flat = [(f"DFT {half}", f"DFT {quarter}"), (f"SFT {half}", f"SFT {quarter}"),
+            (f"SFT {longest}", f"SFT {half}")]
     return Table(f"How far a student gets: {title}", rows, claims + flat, scenes=(16000,), figure="curves")
 
 
@@ -67,11 +69,11 @@ SPARSE = "pt | d2d --kl 0 --ar 1 | d2s --kl 0"  # MIMIC without a teacher
 METHOD = {"PT+SFT": SFT, "PT+SFT+SFT, equal time *": f"{SFT} | {TIME}",
           "PT+SFT+SFT, equal FLOPs *": f"{SFT} | {FLOPS}", "DPT+SFT+DFT": KD}
 BEST = [("DPT+SFT+DFT", control) for control in list(METHOD)[:3]]
-STUDENTS = {  # title, --llm, rates of a longer SFT and DFT, which tables `rates-` chose
-    "16x1": ("16 wide, 1 layer", "16x1", "4e-3", "1.6e-2"),
-    "16x2": ("16 wide, 2 layers", "16x2", "4e-3", "8e-3"),
-    "24x2": ("24 wide, 2 layers", "24x2", "4e-3", "8e-3"),
-    "32x2": ("32 wide, 2 layers", "small", "4e-3", "4e-3"),
+STUDENTS = {  # title, --llm, rates of a longer SFT and DFT, which tables `rates-` chose; how far it is drawn
+    "16x1": ("16 wide, 1 layer", "16x1", "4e-3", "1.6e-2", 6),
+    "16x2": ("16 wide, 2 layers", "16x2", "4e-3", "8e-3", 6),
+    "24x2": ("24 wide, 2 layers", "24x2", "4e-3", "8e-3", 5),
+    "32x2": ("32 wide, 2 layers", "small", "4e-3", "4e-3", 5),
 }
 IDEAS = ("reverse_kl", "skewed_kl", "jsd", "top_k", "entropy", "decoupled", "projector_relation", "affinity",
          "attention", "two_teachers --teacher2 assistant", "learned_weights", "on_policy")  # docs/forks
@@ -171,7 +173,8 @@ TABLES = {
     "rates-mod": Table("Learning rates of the last stage of LLaVA-MoD, on questions of their own",
         at(MIMIC) | at(f"{SPARSE} --max_steps 750"), [], "mixed", questions="val"),
     **{f"rates-{name}": Table(f"Learning rates of a last stage of 1,600 steps: {title}",
-        at(f"pt --llm {llm} | sft --max_steps 1600") | at(f"pt --llm {llm} | dft --max_steps 1600"), [],
+        at(f"pt --llm {llm} | sft --max_steps 1600")
+        | at(f"pt --llm {llm} | dft --max_steps 1600", *["3.2e-2"] * (name == "16x1")), [],  # 1.6e-2 was best
         scenes=(16000,), questions="val") for name, (title, llm, *_) in STUDENTS.items()},
     **{f"ceiling-{name}": ceiling(*student) for name, student in STUDENTS.items()},
     "forks": Table("Twelve ideas against LLaVA-KD", {
