@@ -127,8 +127,9 @@ def draw_sample(path: Path, questions: list, answers: dict[str, list], args: arg
         for i, (text, color) in enumerate(lines):
             text = textwrap.fill(textwrap.shorten(text, 104, placeholder=" ..."), 54)
             beside.text(0, 1 - i / len(lines), text, fontsize=9, color=color, va="top", parse_math=False)
-    models = ", ".join(f"{name} = {model}" for name, model in zip(answers, args.model))
-    figure.supxlabel(f"{models}; ✓ right, ✗ wrong by --metric {args.metric}", fontsize=9)
+    models = ", ".join(f"{name} = {model}" for name, model in zip(answers, args.model) if name != model)
+    legend = f"{models}; ✓ right, ✗ wrong by --metric {args.metric}".removeprefix("; ")
+    figure.supxlabel(textwrap.fill(legend, 160), fontsize=9)
     figure.savefig(path, dpi=110)
 
 

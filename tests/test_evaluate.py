@@ -109,6 +109,16 @@ def test_the_picture_says_who_answered_what_and_whether_it_is_right(world, tmp_p
     assert places[0] < 0.25 < 0.5 < places[1] and places[2] == places[0]
     assert sum(bool(axis.images) for axis in figure.axes) == 2  # the third has none
 
+    long = "long " * 30 + "a"
+    for model, legend in (long, ""), (f"{long}/b", f"b = {long}/b; "):  # a name is not said twice
+        args.model = [model]
+        evaluate.draw_sample(tmp_path / "s.png", questions, {model.split("/")[-1]: ["two"] * 3}, args)
+        figure = drawn[-1]
+        figure.draw_without_rendering()
+        (said,) = (text for text in figure.findobj(Text) if "--metric" in text.get_text())
+        assert " ".join(said.get_text().split()) == f"{legend}✓ right, ✗ wrong by --metric exact"
+        assert said.get_window_extent().width < figure.bbox.width
+
 
 def test_exact_match_overall_and_by_category():
     qs = [{"label": "Red", "category": "color"}, {"label": "blue", "category": "color"}, {"label": "2"}]
