@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -68,16 +69,38 @@ def draw_lines(axis: Axes, table: Table, groups: Groups) -> None:
     axis.legend(frameon=False, fontsize=8)
 
 
+def draw_differences(axis: Axes, table: Table, groups: Groups) -> None:
+    """Of each claim, at each number of scenes."""
+    for k, scenes in enumerate(table.scenes):
+        pairs = [zip(groups[better, scenes], groups[worse, scenes]) for better, worse in table.claims]
+        gains = [[{"accuracy": a["accuracy"] - b["accuracy"]} for a, b in pair] for pair in pairs]
+        means, halves = zip(*map(mean_and_half, gains))
+        places = [i + 0.25 * k for i in range(len(gains))]
+        axis.errorbar(means, places, xerr=halves, fmt="o", ms=4, capsize=3, label=f"{scenes:,} scenes")
+    axis.axvline(0, color="k", ls=":", lw=1)
+    axis.set(yticks=range(len(gains)), yticklabels=[better for better, _ in table.claims])
+    axis.set_xlabel(f"points above {table.claims[0][1]}; each 95 % interval for itself, not corrected")
+    axis.invert_yaxis()
+    axis.legend(frameon=False, fontsize=8)
+
+
+def drawing_of(table: Table, groups: Groups) -> tuple[Callable[[Axes, Table, Groups], None], float]:
+    """How to draw it, and how many inches that needs."""
+    if table.figure == "differences":
+        return draw_differences, 0.42 * len(table.claims) + 1.4
+    if table.figure == "curves" or len(table.scenes) > 1:
+        return draw_lines, 4.6
+    return draw_bars, 0.42 * len(groups) + 1.4
+
+
 def draw_tables(tables: list[tuple[Table, Groups]], path: Path) -> None:
     """A panel for each table: lines where the number of scenes or of steps varies, else bars."""
-    columns = min(2, len(tables))
-    n_rows = -(-len(tables) // columns)
-    has_lines = [table.figure == "curves" or len(table.scenes) > 1 for table, _ in tables]
-    height = max(4.6 if lines else 0.42 * len(groups) + 1.4 for lines, (_, groups) in zip(has_lines, tables))
-    figure = Figure(figsize=(4 + 4 * columns, height * n_rows), layout="constrained")
-    axes = figure.subplots(n_rows, columns, sharey=all(has_lines), squeeze=False).flat
-    for axis, lines, (table, groups) in zip(axes, has_lines, tables):
-        (draw_lines if lines else draw_bars)(axis, table, groups)
+    columns, n_rows = min(2, len(tables)), -(-len(tables) // 2)
+    drawings, heights = zip(*(drawing_of(*shown) for shown in tables))
+    figure = Figure(figsize=(4 + 4 * columns, max(heights) * n_rows), layout="constrained")
+    axes = figure.subplots(n_rows, columns, sharey=set(drawings) == {draw_lines}, squeeze=False).flat
+    for axis, draw, (table, groups) in zip(axes, drawings, tables):
+        draw(axis, table, groups)
         axis.set_title(table.title, fontsize=10)
     figure.savefig(path, dpi=110)
 

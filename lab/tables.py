@@ -32,7 +32,7 @@ class Table(NamedTuple):
     data: str = "finetune"  # what all but PT, DPT and PD read: questions, or "mixed" with descriptions
     scenes: tuple[int, ...] = (400,)  # that the student sees; each row is trained on each number of them
     questions: str = "questions"  # what is asked
-    figure: str = ""  # "curves" in the place of bars, or "experts" too: see lab.figures
+    figure: str = ""  # "curves" or "differences" in the place of bars, or "experts" too: see lab.figures
     holm: bool = False  # whether verdicts are corrected for the number of claims
 
 
@@ -179,5 +179,6 @@ TABLES = {
     **{f"ceiling-{name}": ceiling(*student) for name, student in STUDENTS.items()},
     "forks": Table("Twelve ideas against LLaVA-KD", {
         "LLaVA-KD": KD, **{idea.split()[0]: f"{KD} --fork {idea}" for idea in IDEAS}
-    }, [(idea.split()[0], "LLaVA-KD") for idea in IDEAS], scenes=(200, 16000), holm=True),
+    }, [(idea.split()[0], "LLaVA-KD") for idea in IDEAS], scenes=(200, 16000), figure="differences",
+        holm=True),
 }

@@ -5,6 +5,7 @@ python -m pytest tests/test_forks.py
 
 import importlib
 import inspect
+import json
 import math
 import os
 import re
@@ -16,6 +17,9 @@ import pytest
 import torch
 from conftest import ROOT, data_flags, log_of, on_two_ranks
 from forked import imports_of, train
+
+from lab.results import verdicts_of
+from lab.tables import TABLES
 
 DIFFS = {path.stem: path.read_text() for path in sorted((ROOT / "docs/forks").glob("*.diff"))}
 BUDGET = {"S": 12, "M": 30, "L": 50}  # lines that a fork of this size adds
@@ -185,6 +189,18 @@ def test_the_gallery_tells_the_files_and_lines_of_every_fork():
         found[name] = " ".join(sorted(files)), f"+{added} −{removed}", size
     assert told == found
     assert re.findall(r"^## (\w+)$", page, re.M) == list(told)
+
+
+def test_the_gallery_tells_the_verdict_of_every_fork():
+    words = {"**reproduced**": "**better**", "**reversed**": "**worse**"}
+    rows, found = json.loads((ROOT / "docs/results/forks.json").read_text())["rows"], {}
+    for line in verdicts_of(TABLES["forks"], rows).splitlines()[2:]:
+        claim, _, _, points, _, costs, _, verdict = (cell.strip() for cell in line.strip("|").split(" | "))
+        cells = found.setdefault(claim.split()[0], [])
+        cells[-1:] = points.replace("-", "−"), words.get(verdict, "undecided"), costs.split(", ")[1]
+    told = re.findall(r"^\| (\w+) \| (.* ± .*) \|$", (ROOT / "docs/forks.md").read_text(), re.M)
+    assert {name: cells.split(" | ") for name, cells in told} == found
+    assert list(found) == [name for name, _ in told] and set(found) == set(DIFFS)
 
 
 @pytest.mark.parametrize("name", DIFFS)

@@ -645,6 +645,22 @@ def test_a_figure_of_one_seed_has_no_interval_and_the_teacher_is_in_every_one(dr
     assert [94.0, 94.0] in [list(line.get_ydata()) for line in axis.lines]
 
 
+def test_differences_are_of_the_claims_a_dot_with_its_interval_for_each_number_of_scenes(drawn):
+    table = Table("t", {"a": "", "b": "", "c": ""}, [("c", "a"), ("b", "a")], scenes=(200, 400),
+                  figure="differences")
+    rows = [row | {"accuracy": row["accuracy"] + row["seed"] * row["scenes"] / 200 * (row["method"] == "c")}
+            for row in rows_of([*table.rows], 3, table.scenes)]
+    figures.draw_tables([(table, intervals.grouped(rows))], Path("t.png"))
+    (axis,) = drawn["t.png"].axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["c", "b"]
+    for k, dots in enumerate(axis.containers):  # c gains 20 and 0, 1, 2 points (twice that on 400) by seed
+        assert dots.get_label() == f"{table.scenes[k]} scenes"
+        assert list(dots.lines[0].get_xdata()) == pytest.approx([21 + k, 10])
+        half = (1 + k) * intervals.t_975(2) / math.sqrt(3)
+        ends = [segment[:, 0].tolist() for segment in dots.lines[2][0].get_segments()]
+        assert ends == [pytest.approx([21 + k - half, 21 + k + half]), pytest.approx([10, 10])]
+
+
 def test_curves_are_accuracy_against_flops_a_panel_for_each_table(drawn, tmp_path):
     for name in "ceiling-16x1", "ceiling-16x2":
         rows = rows_of(["SFT 800", "SFT 400", "DFT 400"], 3)
