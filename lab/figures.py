@@ -20,7 +20,7 @@ import moe
 from data import Batch, LlavaData
 from lab.intervals import grouped, interval
 from lab.letters import LETTERS
-from lab.tables import TABLES, Table
+from lab.tables import Table, table_named
 from lab.world import COLORS, PLACES, SHAPES
 from model import Llava
 from support.flags import add_flags, cli, new_parser
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("files", nargs="+", help="JSON files of rows, as toy.py writes them")
     add_flags(parser, "the picture", [("--picture", str, "out/curves.png", "where to draw it")])
     args = parser.parse_args(argv)
-    tables = [(TABLES[path.stem], grouped(json.loads(path.read_text())["rows"]))
+    tables = [(table_named(path.stem), grouped(json.loads(path.read_text())["rows"]))
               for path in map(Path, args.files)]
     draw_tables(tables, Path(args.picture))
 

@@ -13,7 +13,7 @@ import torch
 
 from lab.figures import draw_tables
 from lab.intervals import grouped, holm, interval, p_value
-from lab.tables import TABLES, Table
+from lab.tables import Table, table_named
 from lab.world import POPE, SKILLS
 from support.run import ROOT
 
@@ -37,7 +37,6 @@ order of samples; a teacher is trained once. A claim is **reproduced** or **reve
 the paired difference leaves out 0; else it is undecided, with the number of seeds with which it would be
 decided if mean and spread stayed as they are. Cost: seconds and FLOPs of the first row, by those of the
 second. Fix the number of seeds beforehand: to add some until there is a verdict finds too many."""
-LETTERS = "letters-"  # before the name of a table in that world
 ONE = ("One seed has no interval and gives no verdict. Rows of other seeds differ by some points: "
        "take --seeds 3 or more.")
 
@@ -122,10 +121,10 @@ def commit() -> str:
 
 
 def page_of(name: str, made: str, rows: list[dict], pictures: dict[str, str]) -> str:
-    """The page of a table, or of LETTERS and a table."""
-    table = TABLES[name.removeprefix(LETTERS)]
+    """The page of a table in a world, as `table_named` knows them."""
+    table = table_named(name)
     seeds = sorted({row["seed"] for row in rows if row["method"] in table.rows})
-    parts = [f"# {table.title}" + ": the world of letters" * name.startswith(LETTERS), table_of(rows)]
+    parts = [f"# {table.title}", table_of(rows)]
     parts += [verdicts_of(table, rows)] if table.claims else []
     parts += [ONE] if len(seeds) == 1 else []
     parts += [f"![{title}]({file})" for file, title in pictures.items()]
@@ -135,7 +134,7 @@ def page_of(name: str, made: str, rows: list[dict], pictures: dict[str, str]) ->
 def write_page(out: Path, name: str, rows: list[dict], command: list[str], seconds: float,
                pictures: dict[str, str]) -> str:
     """Write a table's rows as JSON, its figure, and its page, which is returned."""
-    table, how = TABLES[name.removeprefix(LETTERS)], f"`{' '.join(['python toy.py', *command])}`"
+    table, how = table_named(name), f"`{' '.join(['python toy.py', *command])}`"
     made = f"Made by {how} in {seconds / 60:.0f} minutes, but for what was there; {commit()}; {machine()}."
     draw_tables([(table, grouped(rows))], out / f"{name}.png")
     pictures = {f"{name}.png": table.title} | pictures

@@ -182,3 +182,9 @@ TABLES = {
     }, [(idea.split()[0], "LLaVA-KD") for idea in IDEAS], scenes=(200, 16000), figure="differences",
         holm=True),
 }
+
+
+def table_named(name: str) -> Table:
+    """A table, or after "letters-" the same in that world."""
+    table = TABLES[name.removeprefix("letters-")]
+    return table if name in TABLES else table._replace(title=f"{table.title}: the world of letters")
