@@ -70,7 +70,7 @@ def draw_lines(axis: Axes, table: Table, groups: Groups) -> None:
 
 
 def draw_differences(axis: Axes, table: Table, groups: Groups) -> None:
-    """Of each claim, at each number of scenes."""
+    """Of claims that all have the same worse row, at each number of scenes."""
     for k, scenes in enumerate(table.scenes):
         pairs = [zip(groups[better, scenes], groups[worse, scenes]) for better, worse in table.claims]
         gains = [[{"accuracy": a["accuracy"] - b["accuracy"]} for a, b in pair] for pair in pairs]
@@ -85,7 +85,7 @@ def draw_differences(axis: Axes, table: Table, groups: Groups) -> None:
 
 
 def drawing_of(table: Table, groups: Groups) -> tuple[Callable[[Axes, Table, Groups], None], float]:
-    """How to draw it, and how many inches that needs."""
+    """How to draw it, and how many inches that needs: lines where the number of scenes or of steps varies."""
     if table.figure == "differences":
         return draw_differences, 0.42 * len(table.claims) + 1.4
     if table.figure == "curves" or len(table.scenes) > 1:
@@ -94,7 +94,7 @@ def drawing_of(table: Table, groups: Groups) -> tuple[Callable[[Axes, Table, Gro
 
 
 def draw_tables(tables: list[tuple[Table, Groups]], path: Path) -> None:
-    """A panel for each table: lines where the number of scenes or of steps varies, else bars."""
+    """A panel for each table, all lines with one scale."""
     columns, n_rows = min(2, len(tables)), -(-len(tables) // 2)
     drawings, heights = zip(*(drawing_of(*shown) for shown in tables))
     figure = Figure(figsize=(4 + 4 * columns, max(heights) * n_rows), layout="constrained")

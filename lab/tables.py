@@ -49,7 +49,7 @@ def at(stages: str, *more: str) -> dict[str, str]:
 
 def ceiling(title: str, llm: str, sft: str, dft: str, doublings: int) -> Table:
     """The last stage, longer and longer: SFT, DFT, and DFT followed by SFT, at these learning rates."""
-    rows, budgets = {}, [400 << k for k in range(doublings + 1)]
+    rows, budgets = {}, [400 * 2**k for k in range(doublings + 1)]
     for n in budgets:
         rows[f"SFT {n}"] = f"pt --llm {llm} | sft --max_steps {n} --lr {sft}"
         if 2 * n in budgets:
@@ -69,12 +69,13 @@ SPARSE = "pt | d2d --kl 0 --ar 1 | d2s --kl 0"  # MIMIC without a teacher
 METHOD = {"PT+SFT": SFT, "PT+SFT+SFT, equal time *": f"{SFT} | {TIME}",
           "PT+SFT+SFT, equal FLOPs *": f"{SFT} | {FLOPS}", "DPT+SFT+DFT": KD}
 BEST = [("DPT+SFT+DFT", control) for control in list(METHOD)[:3]]
-STUDENTS = {  # title, --llm, rates of a longer SFT and DFT, which tables `rates-` chose; how far it is drawn
+STUDENTS = {  # title, --llm, rates of a longer SFT and DFT, which tables `rates-` chose; ceiling's doublings
     "16x1": ("16 wide, 1 layer", "16x1", "4e-3", "1.6e-2", 6),
     "16x2": ("16 wide, 2 layers", "16x2", "4e-3", "8e-3", 6),
     "24x2": ("24 wide, 2 layers", "24x2", "4e-3", "8e-3", 5),
     "32x2": ("32 wide, 2 layers", "small", "4e-3", "4e-3", 5),
 }
+MORE_RATES = {"16x1": ["3.2e-2"]}  # of DFT: for this student the largest of the others was best
 IDEAS = ("reverse_kl", "skewed_kl", "jsd", "top_k", "entropy", "decoupled", "projector_relation", "affinity",
          "attention", "two_teachers --teacher2 assistant", "learned_weights", "on_policy")  # docs/forks
 TERMS = {
@@ -174,7 +175,7 @@ TABLES = {
         at(MIMIC) | at(f"{SPARSE} --max_steps 750"), [], "mixed", questions="val"),
     **{f"rates-{name}": Table(f"Learning rates of a last stage of 1,600 steps: {title}",
         at(f"pt --llm {llm} | sft --max_steps 1600")
-        | at(f"pt --llm {llm} | dft --max_steps 1600", *["3.2e-2"] * (name == "16x1")), [],  # 1.6e-2 was best
+        | at(f"pt --llm {llm} | dft --max_steps 1600", *MORE_RATES.get(name, [])), [],
         scenes=(16000,), questions="val") for name, (title, llm, *_) in STUDENTS.items()},
     **{f"ceiling-{name}": ceiling(*student) for name, student in STUDENTS.items()},
     "forks": Table("Twelve ideas against LLaVA-KD", {

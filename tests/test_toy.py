@@ -366,6 +366,8 @@ def test_a_sample_is_read_once_whatever_file_it_is_in(world, checkpoints, tmp_pa
             if wanted["pixels"]:
                 assert torch.equal(found["pixels"][0], wanted["pixels"][0])
     assert asked == [i for data in (first, longer, captions) for i in range(len(data))]
+    first.sample = None  # nor is it looked up in its file again
+    assert read_once(first, 0)["rows"] == longer[0]["rows"]
 
 
 @pytest.mark.parametrize("kind", ["shapes"], indirect=True)
