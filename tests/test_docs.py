@@ -136,10 +136,10 @@ def test_every_decimal_number_of_the_toy_worlds_page_is_on_a_page_of_results_tha
     """In the same paragraph, item or row; one that names no page means all that its section names."""
     found = 0
     for section in re.split(r"(?m)^(?=#{2,3} )", (ROOT / "docs/toy.md").read_text()):
-        of_section = re.findall(r"results/([\w-]+)\.(?:md|png)", section)
+        of_section = re.findall(r"results/([\w/-]+)\.(?:md|png)", section)
         for paragraph in re.split(r"\n\s*\n|\n(?=\||\d+\. |\* )", section):
-            names = set(re.findall(r"results/([\w-]+)\.md", paragraph) or of_section)
-            pages = [path for path in (ROOT / "docs/results").glob("*.md") if path.stem in names]
+            names = set(re.findall(r"results/([\w/-]+)\.md", paragraph) or of_section)
+            pages = [path for name in names if (path := ROOT / f"docs/results/{name}.md").exists()]
             text = "".join(page.read_text() for page in pages)
             for number in re.findall(r"(?<![\d.])\d+\.\d(?: ± \d+\.\d)?(?![\d.])", paragraph):
                 on_page = re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", text)

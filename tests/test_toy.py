@@ -284,15 +284,19 @@ def test_a_row_or_claim_with_a_slip_is_refused_before_anything_is_trained(lab, t
         toy.main(["--table", "--out", str(tmp_path)])
 
 
-@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "docs/results").glob("*.json"))])
+RESULTS = ROOT / "docs/results"
+
+
+@pytest.mark.parametrize("name", [str(path.relative_to(RESULTS)) for path in sorted(RESULTS.rglob("*.json"))])
 def test_a_published_page_is_of_its_rows_those_of_its_table_and_no_control_took_less(name):
     """A control of equal FLOPs has no fewer than what it controls, and one of equal time 90 % of the seconds:
     those of one machine vary.
     """
-    found, table = read(ROOT / f"docs/results/{name}.json"), TABLES[name.removeprefix("letters-")]
-    page = results.page_of(name, **found) + f"\n\n{results.LEGEND}\n"
-    assert page == (ROOT / f"docs/results/{name}.md").read_text()
-    assert all((ROOT / "docs/results" / picture).exists() for picture in found["pictures"])
+    path = RESULTS / name
+    found, table = read(path), TABLES[path.stem.removeprefix("letters-")]
+    page = results.page_of(path.stem, **found) + f"\n\n{results.LEGEND}\n"
+    assert page == path.with_suffix(".md").read_text()
+    assert all((path.parent / picture).exists() for picture in found["pictures"])
     groups = results.grouped([row for row in found["rows"] if row["method"] in table.rows])
     assert groups.keys() == set(product(table.rows, table.scenes))
     assert len({tuple(row["seed"] for row in group) for group in groups.values()}) == 1
