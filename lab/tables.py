@@ -178,6 +178,13 @@ TABLES = {
         | at(f"pt --llm {llm} | dft --max_steps 1600", *MORE_RATES.get(name, [])), [],
         scenes=(16000,), questions="val") for name, (title, llm, *_) in STUDENTS.items()},
     **{f"ceiling-{name}": ceiling(*student) for name, student in STUDENTS.items()},
+    "half-rates": Table("Half the rate, which runs of 1,600 steps chose, in the longest: 16 wide, 1 layer", {
+        f"{kind.upper()} {n} at {rate}": f"pt --llm 16x1 | {kind} --max_steps {n} --lr {rate}"
+        for kind, n, rates in (("sft", 25600, ("4e-3", "2e-3")), ("dft", 12800, ("1.6e-2", "8e-3")))
+        for rate in rates
+    }, [("SFT 25600 at 2e-3", "SFT 25600 at 4e-3"), ("DFT 12800 at 8e-3", "DFT 12800 at 1.6e-2"),
+        ("DFT 12800 at 8e-3", "SFT 25600 at 4e-3"), ("DFT 12800 at 8e-3", "SFT 25600 at 2e-3")],
+        scenes=(16000,)),
     "forks": Table("Twelve ideas against LLaVA-KD", {
         "LLaVA-KD": KD, **{idea.split()[0]: f"{KD} --fork {idea}" for idea in IDEAS}
     }, [(idea.split()[0], "LLaVA-KD") for idea in IDEAS], scenes=(200, 16000), figure="differences",
