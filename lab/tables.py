@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from lab.world import SKILLS
+
 # Steps and peak learning rate of each stage, unless the row says others. Those of DFT, D2S and the controls
 # TIME and FLOPS were the best in the tables rates and rates-mod below; other stages and rows reuse them.
 DEFAULTS = {"pt": (400, 3e-3), "dpt": (400, 3e-3), "sft": (400, 2e-3), "dft": (400, 8e-3),
@@ -60,8 +62,10 @@ def ceiling(title: str, llm: str, sft: str, dft: str, doublings: int) -> Table:
               for m in times for n in budgets[:-1] if m * n in budgets]  # equal steps, time, FLOPs: see costs
     quarter, half, longest = budgets[-3:]
     flat = [(f"DFT {half}", f"DFT {quarter}"), (f"SFT {half}", f"SFT {quarter}"),
-            (f"SFT {longest}", f"SFT {half}")]
-    return Table(f"How far a student gets: {title}", rows, claims + flat, scenes=(16000,), figure="curves")
+            (f"SFT {longest}", f"SFT {half}"), (f"DFT, SFT {half}", f"DFT {half}")]
+    learnt = [(f"DFT {n}", f"SFT {2 * n}", skill) for n in (quarter, half) for skill in SKILLS]
+    return Table(f"How far a student gets: {title}", rows, claims + flat + learnt, scenes=(16000,),
+                 figure="curves")
 
 
 SFT, KD, MIMIC, LIES = "pt | sft", "dpt | sft | dft", "pt | d2d | d2s", ("response_rate", "mention_rate")
@@ -183,8 +187,8 @@ TABLES = {
         for kind, n, rates in (("sft", 25600, ("4e-3", "2e-3")), ("dft", 12800, ("1.6e-2", "8e-3")))
         for rate in rates
     }, [("SFT 25600 at 2e-3", "SFT 25600 at 4e-3"), ("DFT 12800 at 8e-3", "DFT 12800 at 1.6e-2"),
-        ("DFT 12800 at 8e-3", "SFT 25600 at 4e-3"), ("DFT 12800 at 8e-3", "SFT 25600 at 2e-3")],
-        scenes=(16000,)),
+        *(("DFT 12800 at 8e-3", "SFT 25600 at 4e-3", what) for what in ("accuracy", *SKILLS)),
+        ("DFT 12800 at 8e-3", "SFT 25600 at 2e-3")], scenes=(16000,)),
     "forks": Table("Twelve ideas against LLaVA-KD", {
         "LLaVA-KD": KD, **{idea.split()[0]: f"{KD} --fork {idea}" for idea in IDEAS}
     }, [(idea.split()[0], "LLaVA-KD") for idea in IDEAS], scenes=(200, 16000), figure="differences",
