@@ -61,9 +61,10 @@ def ceiling(title: str, llm: str, sft: str, dft: str, doublings: int) -> Table:
     claims = [(f"{kind} {n}", f"SFT {m * n}") for kind, times in (("DFT", (1, 2, 8)), ("DFT, SFT", (1, 2)))
               for m in times for n in budgets[:-1] if m * n in budgets]  # equal steps, time, FLOPs: see costs
     quarter, half, longest = budgets[-3:]
-    flat = [(f"DFT {half}", f"DFT {quarter}"), (f"SFT {half}", f"SFT {quarter}"),
+    flat = [*((f"{kind} {half}", f"{kind} {quarter}") for kind in ("DFT", "DFT, SFT", "SFT")),
             (f"SFT {longest}", f"SFT {half}"), (f"DFT, SFT {half}", f"DFT {half}")]
-    learnt = [(f"DFT {n}", f"SFT {2 * n}", skill) for n in (quarter, half) for skill in SKILLS]
+    learnt = [(f"DFT {n}", f"SFT {2 * n}", skill) for n in (quarter, half)
+              for skill in (*SKILLS, "unseen")]
     return Table(f"How far a student gets: {title}", rows, claims + flat + learnt, scenes=(16000,),
                  figure="curves")
 
