@@ -160,9 +160,14 @@ def step(args: argparse.Namespace, tokens: int | None = None) -> dict[str, float
     # ---- arithmetic: two operations for a weight and token, two for the gradient of what goes in, and two
     # for the gradient of the weight, if it is trained. Attention's own products are left out.
     passes, moved = 2 + args.gradient_checkpointing, min(part, n["body"]) - (part > 0) * n["idle"]
-    flops = 2 * tokens * answers * ((n["body"] - n["idle"]) * passes + moved + t["body"])
-    flops += 2 * n_visual * (n["vision"] + t["vision"] + 3 * n["projector"] + t["projector"])
-    flops += 2 * n_read / args.micro_batch * (n["head"] * (2 + head_too) + t["head"])
+    several = args.global_batch > max(args.gpus, 1) * args.micro_batch
+    ahead = args.stage in mod_distill.SPARSE and several  # a forward pass, to see where the tokens go
+    again = ahead and args.stage == "pd" and args.po == "kto"  # with the teacher's, and the log-ratios
+    flops = 2 * tokens * answers * ((n["body"] - n["idle"]) * (passes + ahead) + moved)
+    flops += 2 * n_visual * (n["vision"] * (1 + ahead) + n["projector"] * (3 + ahead))
+    flops += 2 * n_read / args.micro_batch * n["head"] * (2 + head_too + again)
+    of_teacher = tokens * answers * t["body"] + n_visual * (t["vision"] + t["projector"])
+    flops += 2 * (1 + again) * (of_teacher + n_read / args.micro_batch * t["head"])
     flops += 6 * n["head"] * n["width"] / args.micro_batch * gamma * head_too  # W^T W and its gradient
     return need | {"flops": flops, "n_student": n["all"], "n_trained": trained, "n_teacher": t["all"]}
 

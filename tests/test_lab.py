@@ -124,6 +124,21 @@ def test_flops_are_those_that_torch_counts(shapes):
     assert told == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
+@pytest.mark.parametrize("stage, answers", [("d2s", 1), ("pd --po dpo", 2), ("pd", 2)])
+def test_a_pass_ahead_takes_time_where_there_are_several_micro_batches(shapes, stage, answers):
+    """The student's tower, projector and body, forwards; with KTO the teacher's and both log-ratios, too."""
+    given = [*stage.split(), "--gpus", "2", "--micro_batch", "4", "--global_batch"]
+    one, several = (need(shapes, *given, batch)["flops"] for batch in ("8", "16"))
+    sparse = plan.parse_args(["d2s", "--kl", "0", "--student", f"{shapes}/student"])
+    n = plan.sizes(plan.read_config(f"{shapes}/student"), sparse)
+    t = plan.sizes(plan.read_config(f"{shapes}/teacher"))
+    ahead = 2 * 46 * answers * (n["body"] - n["idle"]) + 2 * 16 * (n["vision"] + PROJECTOR)
+    if stage == "pd":  # the teacher looks through the student's tower
+        ahead += 2 * 46 * answers * t["body"] + 2 * 16 * t["projector"]
+        ahead += 2 * 30 * answers * 512 * (32 + 64)
+    assert several - one == pytest.approx(ahead)
+
+
 def test_what_makes_a_run_smaller(shapes):
     full = need(shapes, "dft", "--gpus", "4", "--micro_batch", "8")
     small = need(shapes, "dft", "--gpus", "4", "--micro_batch", "4")
