@@ -77,7 +77,7 @@ BEST = [("DPT+SFT+DFT", control) for control in list(METHOD)[:3]]
 STUDENTS = {  # title, --llm, rates of a longer SFT and DFT, which tables `rates-` chose; ceiling's doublings
     "16x1": ("16 wide, 1 layer", "16x1", "4e-3", "1.6e-2", 6),
     "16x2": ("16 wide, 2 layers", "16x2", "4e-3", "8e-3", 6),
-    "24x2": ("24 wide, 2 layers", "24x2", "4e-3", "8e-3", 5),
+    "24x2": ("24 wide, 2 layers", "24x2", "4e-3", "4e-3", 5),
     "32x2": ("32 wide, 2 layers", "small", "4e-3", "4e-3", 5),
 }
 MORE_RATES = {"16x1": ["3.2e-2"]}  # of DFT: for this student the largest of the others was best
