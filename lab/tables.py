@@ -80,7 +80,7 @@ STUDENTS = {  # title, --llm, rates of a longer SFT and DFT, which tables `rates
     "24x2": ("24 wide, 2 layers", "24x2", "4e-3", "4e-3", 5),
     "32x2": ("32 wide, 2 layers", "small", "4e-3", "4e-3", 5),
 }
-MORE_RATES = {"16x1": ["3.2e-2"]}  # of DFT: for this student the largest of the others was best
+MORE_RATES = {"16x1, dft": ["3.2e-2"], "32x2, sft": ["1e-3"]}  # where the first or last of four was best
 IDEAS = ("reverse_kl", "skewed_kl", "jsd", "top_k", "entropy", "decoupled", "projector_relation", "affinity",
          "attention", "two_teachers --teacher2 assistant", "learned_weights", "on_policy")  # docs/forks
 TERMS = {
@@ -179,8 +179,8 @@ TABLES = {
     "rates-mod": Table("Learning rates of the last stage of LLaVA-MoD, on questions of their own",
         at(MIMIC) | at(f"{SPARSE} --max_steps 750"), [], "mixed", questions="val"),
     **{f"rates-{name}": Table(f"Learning rates of a last stage of 1,600 steps: {title}",
-        at(f"pt --llm {llm} | sft --max_steps 1600")
-        | at(f"pt --llm {llm} | dft --max_steps 1600", *MORE_RATES.get(name, [])), [],
+        at(f"pt --llm {llm} | sft --max_steps 1600", *MORE_RATES.get(f"{name}, sft", []))
+        | at(f"pt --llm {llm} | dft --max_steps 1600", *MORE_RATES.get(f"{name}, dft", [])), [],
         scenes=(16000,), questions="val") for name, (title, llm, *_) in STUDENTS.items()},
     **{f"ceiling-{name}": ceiling(*student) for name, student in STUDENTS.items()},
     "half-rates": Table("Half the rate, which runs of 1,600 steps chose, in the longest: 16 wide, 1 layer", {
