@@ -77,7 +77,8 @@ class Lab:
             shutil.copy(ROOT / file, folder)
         alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent.resolve())}  # of no repository
         diff = ROOT / f"docs/forks/{name}.diff"
-        subprocess.run(["git", "apply", diff], cwd=folder, env=alone, check=True)
+        told = subprocess.run(["git", "apply", diff], cwd=folder, env=alone, capture_output=True, text=True)
+        require(not told.returncode, f"{diff} does not apply to dft.py and losses.py alone: {told.stderr}")
         return folder.resolve() / "dft.py"
 
     def chain(self, recipe: str, data: str, scenes: int, seed: int, folder: Path | None = None) -> list[Path]:

@@ -435,6 +435,18 @@ def test_a_fork_is_the_stage_of_its_diff_and_is_forgotten_afterwards(lab):
         assert stage is ours
 
 
+def test_a_fork_of_another_file_is_refused(lab, tmp_path, monkeypatch):
+    (tmp_path / "docs/forks").mkdir(parents=True)
+    for file in "dft.py", "losses.py":
+        (tmp_path / file).write_text((ROOT / file).read_text())
+    line = (ROOT / "data.py").read_text().splitlines()[0]
+    diff = f"--- a/data.py\n+++ b/data.py\n@@ -1 +1 @@\n-{line}\n+pass\n"
+    (tmp_path / "docs/forks/data.diff").write_text(diff)
+    monkeypatch.setattr(toy, "ROOT", tmp_path)
+    with pytest.raises(InputError, match="data.diff does not apply to dft.py and losses.py alone: .*data.py"):
+        lab.fork("data")
+
+
 def test_seconds_of_a_stage_are_the_processors_and_go_on(tmp_path, monkeypatch):
     def main(argv):
         start = time.process_time()
