@@ -30,9 +30,9 @@ from support.checkpoints import load_stock
 from support.checks import load_image
 from support.flags import REQUIRED, add_flags, cli, natural, new_parser, positive, require
 from support.metrics import METRICS, read_vocabulary
-from support.questions import add_answers, compare, identity, kept_answers, read_questions
+from support.questions import add_answers, compare, count_cut, identity, kept_answers, read_questions
 from support.ranks import process_group
-from support.run import best_dtype, precision
+from support.run import best_dtype, precision, writing
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -74,7 +74,8 @@ def generate(model_path: str, questions: list[dict], args: argparse.Namespace, f
         prompts = [chat.render([question], ask=True) for question in asked]  # as in training
         how = {"padding": True, "return_tensors": "pt", "add_special_tokens": chat.begins(prompts[0])}
         images = [os.path.join(args.images, path) for q in questions for path in q["images"]]
-        run = identity(model, processor, prompts, args.max_new_tokens, images=images)
+        ends = model.generation_config.eos_token_id
+        run = identity(model, processor, prompts, args.max_new_tokens, ends, images=images)
         kept = kept_answers(file, questions, run)
         answers = ranks.gather(kept)[0]  # as rank 0 finds them
         rounds = range(len(answers), len(questions), args.batch * ranks.world_size)  # a batch for every rank
@@ -91,12 +92,16 @@ def generate(model_path: str, questions: list[dict], args: argparse.Namespace, f
                 require(all(finite), f"{model_path} computes logits that are not finite: {why}")
                 finite.clear()
                 new = tokens[:, inputs["input_ids"].shape[1] :]
-                said = [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
-            said = [text for texts in ranks.gather(said) for text in texts]
+                texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+                said = [{"text": text.strip()} for text in texts]
+                ended = torch.isin(new, torch.tensor(ends, device=new.device)).any(1)
+                for k in (~ended).nonzero().flatten().tolist():
+                    said[k]["cut"] = True  # at --max_new_tokens
+            said = [answer for mine in ranks.gather(said) for answer in mine]
             if ranks.rank == 0:
                 more = {"run": run, "seconds": round((time.perf_counter() - began) / len(said), 4)}
                 add_answers(file, questions[start:], said, model_id=model_path, **more)
-            answers += said
+            answers += [answer["text"] for answer in said]
     return answers
 
 
@@ -142,7 +147,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     questions, bad = read_questions(args.questions, args.images, args.metric, args.skip_bad)
     if args.metric == "hallucination":
         read_vocabulary(questions, args.objects)
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(f"--out {out}"):
+        out.mkdir(parents=True, exist_ok=True)
     names = [os.path.basename(os.path.normpath(path)) for path in args.model]
     if len(set(names)) < len(names):
         names = [path.replace("/", "_") for path in args.model]
@@ -150,6 +156,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         print("".join(f"left out: {error}\n" for error in bad if ranks.rank == 0), end="")
         for path, name in zip(args.model, names):
             answers[name] = generate(path, questions, args, out / f"{name}.jsonl")
+            if ranks.rank == 0 and (n_cut := count_cut(out / f"{name}.jsonl")):
+                print(f"{name}: {n_cut} answers are cut at --max_new_tokens {args.max_new_tokens}: give more")
             if ranks.rank == 0 and (metric or len(names) > 1):
                 scores[name] = metric(questions, answers[name]) if metric else {}
                 scores[name] |= {"left_out": len(bad)} if bad else {}

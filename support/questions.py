@@ -15,6 +15,7 @@ from support.checks import check_images, images_of, is_text, load_image, without
 from support.flags import InputError, require
 from support.index import records
 from support.metrics import METRICS, plain
+from support.run import writing
 
 
 def read_questions(path: str, image_root: str, metric: str, skip_bad: int = 0) -> tuple[list, list]:
@@ -31,6 +32,7 @@ def read_questions(path: str, image_root: str, metric: str, skip_bad: int = 0) -
             require(isinstance(text, str), f"{where} is not a question: it needs 'text' (a string)")
             whole = is_text(json.dumps(q, ensure_ascii=False))
             require(whole, f"{where} holds half of a surrogate pair, which is no character")
+            require(not q.get("system"), f"{where}: its 'system' is not read, write it into 'text'")
             images = images_of(where, q)
             check_images(where, images, text.count(IMAGE_TOKEN) if images else 0, image_root)
             for image in images:
@@ -74,12 +76,17 @@ def kept_answers(file: Path, questions: list[dict], run: str) -> list[str]:
     return [line["text"] for line in lines]
 
 
-def add_answers(file: Path, questions: list[dict], answers: list[str], **more: str | float) -> None:
+def add_answers(file: Path, questions: list[dict], answers: list[dict], **more: str | float) -> None:
     """Add a line for each answer, as LLaVA's files of answers have it."""
-    with open(file, "a") as added:
-        for q, text in zip(questions, answers):
-            line = {"question_id": q["question_id"], "prompt": q["text"], "text": text} | more
+    with writing(file), open(file, "a") as added:
+        for q, answer in zip(questions, answers):
+            line = {"question_id": q["question_id"], "prompt": q["text"]} | answer | more
             added.write(json.dumps(line) + "\n")
+
+
+def count_cut(file: Path) -> int:
+    """How many answers have no end within --max_new_tokens."""
+    return sum("cut" in line for _, line in records(file))
 
 
 def compare(file: Path, answers: list[str], first: list[str]) -> dict[str, float | None]:

@@ -223,6 +223,17 @@ def test_a_question_may_stand_under_its_other_name(tmp_path):
     assert asked["text"] == "Why?"
 
 
+def test_what_evaluate_does_not_read_or_cannot_write_is_refused(checkpoints, tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"text": "Why?", "system": "Be brief."}')
+    with pytest.raises(InputError, match="q.jsonl line 1: its 'system' is not read, write it into 'text'"):
+        evaluate.read_questions(str(tmp_path / "q.jsonl"), ".", "none")
+    (tmp_path / "q.jsonl").write_text('{"text": "Why?"}')
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write --out .*file"):
+        evaluate.main(["--model", checkpoints["small"], "--questions", str(tmp_path / "q.jsonl"), "--metric",
+                       "none", "--out", str(tmp_path / "file")])
+
+
 def test_a_line_that_is_no_json(tmp_path):
     good = json.dumps({"text": "?", "label": "a"})
     (tmp_path / "q.jsonl").write_text(f"{good}\n{good[:-3]}\n{good}")

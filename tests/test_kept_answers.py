@@ -67,6 +67,18 @@ def test_an_interrupted_evaluation_goes_on(questions, checkpoints, tmp_path, mon
     assert calls == [3]  # other references and another metric need no new answers
 
 
+def test_answers_that_are_cut_are_counted_those_that_were_kept_too(questions, checkpoints, tmp_path, capsys):
+    flags = questions | {"model": checkpoints["small"]}
+    cut = "small: 5 answers are cut at --max_new_tokens 1: give more\n"
+    for n, ends, said in (1, 371, cut), (6, [*range(448)], "small: accuracy"):
+        model = shutil.copytree(checkpoints["small"], tmp_path / str(n) / "small")
+        settings = json.loads((model / "generation_config.json").read_text()) | {"eos_token_id": ends}
+        (model / "generation_config.json").write_text(json.dumps(settings))
+        for _ in range(2):
+            evaluate.main(to_argv(out=f"out{n}", **flags | {"model": model, "max_new_tokens": n}))
+            assert capsys.readouterr().out.startswith(said)
+
+
 CHANGED_FLAGS = {"suffix": " now", "max_new_tokens": 5, "dtype": "bf16"}
 CHANGED_TEXTS = {  # of a file: what becomes what
     "text": ("five.jsonl", "color is 4", "color is 7"), "reorder": ("five.jsonl", "color is 3", "color is 4"),
@@ -75,6 +87,7 @@ CHANGED_TEXTS = {  # of a file: what becomes what
     "image": ("five.jsonl", "16.png", "17.png"), "template": ("small/chat_template.jinja", "USER: ", "USER:"),
     "preparation": ("small/processor_config.json", "0.5", "0.4"),
     "settings": ("small/config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'),
+    "ends": ("small/generation_config.json", '"eos_token_id": 371', '"eos_token_id": 370'),
 }
 
 
