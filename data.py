@@ -38,13 +38,17 @@ class Encoder:
         self.max_len, self.caption_only = max_len, caption_only
 
     def __call__(self, messages: list[dict], last_only: bool = False) -> tuple[list[int], list[int]]:
-        """(token ids, y) as `Chat.encode` has them, cut after `max_len` tokens, but never inside an image."""
+        """(token ids, y) as `Chat.encode` has them, cut after `max_len` tokens, but never inside an image. In
+        pairs (`last_only`) a cut answer is not learned: it would be held against a whole one.
+        """
         pieces = self.chat.caption(messages) if self.caption_only else self.chat.encode(messages, last_only)
         ids, y = [], []
         for token, learned in zip(*pieces):
             width = self.n_visual if token == self.image_id else 1
             if len(ids) + width > self.max_len:
-                if y:
+                if last_only:
+                    y = [IGNORE] * len(y)
+                elif y:
                     y[-1] = IGNORE  # its token did not fit
                 break
             ids += [token] * width
@@ -71,8 +75,9 @@ class Batch(NamedTuple):
 
 
 Counts = namedtuple("Counts", "response visual prompt images tokens bad")
-# Of a sample: images, bytes of text, turns and bytes before what is learned, whether images have no markers.
-Sizes = namedtuple("Sizes", "images text turns_before text_before unmarked")
+# Of a sample: images, turns, bytes of text, turns and bytes before what is learned, whether images have no
+# markers.
+Sizes = namedtuple("Sizes", "images turns text turns_before text_before unmarked")
 
 
 def count_rows(micros: list[Batch], ranks: Ranks) -> Counts:
@@ -93,6 +98,8 @@ class LlavaData(Dataset):
         check_positions(args.max_len, *filter(None, (student, teacher)))
         seeing = [model for model in (student, teacher) if model and model.vision_tower]
         self.image_processors = [model.processor.image_processor for model in seeing]
+        ours, theirs = (model.processor.tokenizer.get_vocab() for model in (student, teacher or student))
+        self.unknown = {ours[token]: token for token in ours.keys() - theirs.keys()}  # to the teacher
         self.check = check_pair if pairs else check_sample
         folder = f"{os.path.abspath(args.images)} at {os.path.realpath(args.images)}"  # links are followed
         checks = f"{self.check.__name__}, images in {folder}, {Sizes._fields}"
@@ -112,6 +119,7 @@ class LlavaData(Dataset):
         blind = f"{self.files} has no image: only the projector is trained, and text does not reach it"
         require(not needs_images or sizes.images.any(), blind)
         self.n_images, self.n_unmarked = sizes.images.tolist(), int(sizes.unmarked.sum())
+        self.n_joined = int((sizes.turns > 2).sum()) if self.encoder.caption_only else 0
         tokens = sizes.text // 4 + sizes.images * n_visual  # about, for grouping
         self.lengths = tokens.clamp_max(args.max_len).tolist()
 
@@ -126,16 +134,15 @@ class LlavaData(Dataset):
             fits[i] = True  # also if it cannot be encoded: that is named, and counted, when it is met
             with suppress(InputError):
                 rows = self.encode(self.sample(i)[1])
-                learned = all(any(token != IGNORE for token in y) for _, y in rows)
-                fits[i] = learned and not (self.pairs and rows[0] == rows[1])
+                fits[i] = all(any(token != IGNORE for token in y) for _, y in rows)
         return fits
 
     def measure(self, where: str, record: object) -> Sizes:
-        """Check a record, and say how large it is. Of a pair all must fit: cut, both may be the same."""
+        """Check a record, and say how large it is. Of a pair all must fit."""
         conversations, images, unmarked = self.check(where, record, self.image_root, exist=not self.skip_bad)
         n_bytes = [max(len(m["content"][-1]["text"].encode()) for m in turn) for turn in zip(*conversations)]
         before = len(n_bytes) if self.pairs else [m["learned"] for m in conversations[0]].index(True)
-        return Sizes(len(images), sum(n_bytes), before, sum(n_bytes[:before]), unmarked)
+        return Sizes(len(images), len(n_bytes), sum(n_bytes), before, sum(n_bytes[:before]), unmarked)
 
     def sample(self, i: int) -> tuple[str, list[list[dict]], list[str]]:
         """(its name, conversations, image paths) of sample `i` of all files, read from the disk."""
@@ -158,6 +165,8 @@ class LlavaData(Dataset):
         pixels, bad = None, None
         try:
             rows = self.encode(conversations)
+            met = [self.unknown[i] for i in self.unknown.keys() & {*rows[0][0], *rows[-1][0]}]
+            require(not met, f"{name} has {met}, which the teacher's tokenizer does not know: leave it out")
             n_images = rows[0][0].count(self.encoder.image_id) // self.encoder.n_visual  # those not cut off
             images = [load_image(name, self.image_root, path) for path in paths[:n_images]]
             if images:  # as bytes, a quarter of their floats; `Llava.encode_images` does the last steps

@@ -20,7 +20,7 @@ from data import LlavaData, count_rows, micro_batches, schedule
 from losses import autoregressive_loss, prompt_kl, relation_loss, response_kl, self_correlation, visual_kl
 from model import Llava, load_teacher
 from support.chunks import gram, over_rows
-from support.flags import add_flags, add_kd_flags, add_training_flags, cli, kd_weights, new_parser
+from support.flags import add_flags, add_kd_flags, add_training_flags, cli, drop_kd, kd_weights, new_parser
 from support.parts import add_student_flags, new_llava
 from support.ranks import process_group
 from support.run import check_samples, may_update, open_run, save_student, seed_step, start_run, write_log
@@ -38,12 +38,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_training_flags(parser, lr=1e-3, batch=256, epochs=1, warmup=0.03, source="KD §4.1, 32 a GPU x 8")
     args = parser.parse_args(argv)
     parts, whole = (args.vision, args.llm), args.student
-    if not (all(parts) and not whole or whole and not any(parts)):
-        parser.error("give either --vision and --llm, for a new student, or --student")
+    if not (all(parts) and not whole or whole and not any(parts) and args.template == "teacher"):
+        parser.error("give either --vision and --llm (and --template), for a new student, or --student")
     if args.teacher and "prompt" in args.targets and args.caption_only:
         parser.error("with --caption_only there are no prompt tokens to distil: add --no-caption_only")
     if not args.teacher:
-        args.targets, args.gamma = [], 0.0  # plain Pre-Training
+        drop_kd(parser, args)  # plain Pre-Training
     return args
 
 

@@ -101,6 +101,14 @@ def add_kd_flags(parser: argparse.ArgumentParser, alpha: float, beta: float, gam
     ])
 
 
+def drop_kd(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Set the flags of a stage without a teacher to distil nothing. If any was given, that is an error."""
+    for flag in "teacher_dtype", "targets", "alpha", "beta", "gamma", "relation", "delta":
+        if getattr(args, flag) != parser.get_default(flag):
+            parser.error(f"--{flag} is of distillation, which needs --teacher")
+    args.targets, args.gamma = [], 0.0
+
+
 def kd_weights(args: argparse.Namespace) -> tuple[float, float, float]:
     """alpha, beta, delta: the weights of L_res, L_vis, L_prompt, 0 for rows that --targets leaves out."""
     weights = {"response": args.alpha, "visual": args.beta, "prompt": args.delta}

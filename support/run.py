@@ -44,6 +44,7 @@ class Run:
     finished: bool  # whether OUT holds this very run, finished
     bad: set[str] = field(default_factory=set)  # what was wrong with each sample that was left out
     n_bad_steps: int = 0  # updates left out because they were not finite
+    trained: dict[str, Tensor] = field(default_factory=dict)  # the student's weights that are, by name
     bar: tqdm | None = None
     started: float = 0.0
     clock: float = 0.0  # when the last step ended
@@ -179,6 +180,8 @@ def start_run(run: Run, student: nn.Module, data, n_steps: int, first: int) -> N
         with writing(run.out):
             if not first:
                 shutil.rmtree(run.out / "state", ignore_errors=True)
+                for old in run.out.glob("model*.safetensors*"):  # nobody may take it for this run's
+                    old.unlink()
             write_identity(run, seconds=None)
             log = run.out / "log.jsonl"
             log.touch()
@@ -186,9 +189,11 @@ def start_run(run: Run, student: nn.Module, data, n_steps: int, first: int) -> N
     check_samples(run, [data], len(data.bad))
     where = f"{args.micro_batch} at a time on {ranks.world_size} {ranks.device.type} rank(s), {run.dtype}"
     run.say(f"{stage}: {n_steps} steps of {args.global_batch} of {len(data)} samples, {where}")
-    run.say(f"  {data.n_too_long} more have prompts longer than --max_len and are left out")
+    run.say(f"  {data.n_too_long} more leave nothing to learn within --max_len and are left out")
     run.say(f"  {data.n_unmarked} samples have images but no <image>: they go first in the question")
-    n = Counter()
+    if data.n_joined:
+        run.say(f"  {data.n_joined} conversations are cut to their answers: --no-caption_only keeps all")
+    n, run.trained = Counter(), {name: p for name, p in student.named_parameters() if p.requires_grad}
     for name, p in student.named_parameters():  # a tied head is the embedding's weight, and named once
         n[name.split(".")[0], p.requires_grad] += p.numel()
     for part, _ in student.named_children():
@@ -216,7 +221,12 @@ def check_samples(run: Run, parts: list, n_bad: float) -> None:
 
 
 def may_update(run: Run, step: int, losses: list[dict[str, Tensor]], grad_norm: Tensor, micros: list) -> bool:
-    """Whether the gradient and all ranks' losses are finite; if not, it is said, and too often an error."""
+    """Whether the gradient and all ranks' losses are finite; if not, it is said, and too often an error. An
+    error is also a trained weight that has no gradient.
+    """
+    idle = [name for name, p in run.trained.items() if p.grad is None][:3]
+    why = "the loss does not depend on them, or they are used under torch.no_grad, as `encode_images` is"
+    require(not idle, f"the student's {idle} are trained but get no gradient: {why}")
     mine = math.isfinite(sum(terms["loss"].item() for terms in losses))
     bad = torch.tensor(float(not (mine and grad_norm.isfinite())), device=run.ranks.device)
     if not run.ranks.sum(bad):

@@ -17,7 +17,7 @@ import types
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, but, data_flags, log_of
+from conftest import ROOT, but, data_flags, log_of, turns
 
 import data
 import dft
@@ -263,6 +263,14 @@ def test_another_data_file_of_the_same_size_and_time_is_read(tmp_path, monkeypat
     assert read() == "bed"
 
 
+def test_an_index_is_made_again_when_the_checks_are_others(tmp_path, monkeypatch):
+    (tmp_path / "d.json").write_text("[{}]")
+    read = lambda size: index.Index(str(tmp_path / "d.json"), "", 1, lambda *_: (size,)).sizes.item()
+    assert read(1) == read(2) == 1
+    monkeypatch.setattr(index, "code_of", lambda path: {str(path): path.name == "checks.py"})
+    assert read(2) == 2
+
+
 # ---------------------------------------------------------------------------------- what a resume may change
 
 MAY_CHANGE = {"out", "workers", "micro_batch", "gradient_checkpointing", "shard", "save_every", "keep",
@@ -374,6 +382,20 @@ def test_a_teacher_with_another_tokenizer(argv, checkpoints, tmp_path):
         dft.main([*but(argv(), student=tmp_path / "student"), *flags])
 
 
+def test_a_token_that_only_the_student_has_may_not_be_met(argv, checkpoints, tmp_path):
+    student, data = Llava.from_checkpoint(checkpoints["small"]), tmp_path / "d.json"
+    student.processor.tokenizer.add_tokens(["scarlet"])
+    student.save(tmp_path / "student")
+    flags = ["--teacher", checkpoints["large"]]
+    for color in "red", "scarlet":
+        data.write_text(json.dumps([{"id": 7, "conversations": turns("what color ?", color)}] * 8))
+        given = [*but(argv(max_steps=1, epochs=1), student=tmp_path / "student", data=data), *flags]
+        if color == "red":
+            dft.main(given)
+    with pytest.raises(InputError, match=r"sample \d .id 7. has \['scarlet'\], which the teacher's"):
+        dft.main(but(given, out=tmp_path / "scarlet"))
+
+
 def test_a_teacher_with_another_number_of_visual_tokens(argv, tmp_path, parts):
     from conftest import new_student, vision_config
     from transformers import SiglipImageProcessorPil, SiglipVisionModel
@@ -458,6 +480,17 @@ def test_prompt_tokens_need_prompts(parts, capsys):
         dpt.parse_args(flags)
     assert "--no-caption_only" in capsys.readouterr().err
     assert dpt.parse_args([*flags, "--no-caption_only"]).targets == ["response", "prompt"]
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--alpha 3", "--alpha is of distillation, which needs --teacher"),
+    ("--targets response", "--targets is of distillation"), ("--gamma 0", "--gamma is of distillation"),
+    ("--template own", "give either --vision and --llm (and --template), for a new student, or --student"),
+])
+def test_flags_that_would_do_nothing_are_refused(flags, said, capsys):
+    with pytest.raises(SystemExit):
+        dpt.parse_args(["--student", "s", "--data", "d", "--out", "o", *flags.split()])
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", ["dpt", "sft", "dft", "evaluate", "toy", "lab.bench"])

@@ -207,7 +207,7 @@ def test_the_shape_of_the_sparse_student(start):
     assert [key for key in run.log[0] if key.startswith("expert_")] == ["expert_0", "expert_1", "expert_2"]
 
 
-def test_what_the_student_is_shown(start, tokenizer):
+def test_what_the_student_is_shown(start, tokenizer, capsys):
     pairs = {"lr": 0, "global_batch": 2, "micro_batch": 2}
     plain, grouped = start("sft", **pairs), start("sft", "--group_by_modality", max_len=30, **pairs)
     assert max(ids.shape[1] for ids in grouped.ids) == 30 < max(ids.shape[1] for ids in plain.ids)
@@ -216,6 +216,7 @@ def test_what_the_student_is_shown(start, tokenizer):
     assert mixed(grouped) <= 1  # of what is left over
     assert plain.ids[0].tolist() != start("sft", seed=4, max_steps=1, **pairs).ids[0].tolist()
     captions = start("dpt", lr=0, max_steps=1)
+    assert "  12 conversations are cut to their answers: --no-caption_only" in capsys.readouterr().out
     assert "ASSISTANT" in tokenizer.decode(plain.ids[0][0])
     assert not any("ASSISTANT" in tokenizer.decode(row) for ids in captions.ids for row in ids)
 

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import struct
+from functools import partial
 
 import pytest
 import torch
@@ -113,6 +114,9 @@ def test_pictures_that_are_no_files_are_refused_in_few_words(image, why):
     ({"system": ["be brief"], "conversations": TALK}, "turn 0, needs 'from'"),
     ({"loss_mask": [1], "conversations": TALK}, "one for each of its 2 turns"),
     ({"loss_mask": [1, 1], "conversations": TALK}, r"turn 0, is marked \[1\]; read is 0"),
+    ({"loss_mask": 0, "conversations": TALK}, "'loss_mask' must be a list of 0 or 1"),
+    ({"train": False, "conversations": TALK}, "has no 'gpt' turn that answers a human one and is learned"),
+    ({"weight": 0.5, "conversations": TALK}, r"turn 1, is marked \[0.5\]"),
     ({"conversations": [TALK[0], TALK[1] | {"weight": 0.5}]}, r"turn 1, is marked \[0.5\]"),
     ({"conversations": [TALK[0], TALK[1] | {"loss": [0]}]}, r"turn 1, is marked \[\[0\]\]"),
     ({"conversations": [TALK[0], TALK[1] | {"train": False}]}, "answers a human one and is learned"),
@@ -124,7 +128,8 @@ def test_what_means_something_is_read_or_refused(record, message):
 
 
 def test_notes_are_no_reason_to_stop():
-    notes = {"id": 1, "source": "x", "metadata": {"a": 1}, "system": "", "history": [], "tools": None}
+    notes = {"id": 1, "source": "x", "metadata": {"a": 1}, "system": "", "history": [], "tools": None,
+             "weight": 1}
     assert read(notes | {"conversations": TALK, "messages": TALK}) == read({"conversations": TALK})
 
 
@@ -256,21 +261,22 @@ def test_other_forms_of_pairs_are_told_which_are_read(record):
         check_pair("pair 0", record, ".")
 
 
-def test_pairs_that_are_the_same_within_max_len_are_left_out(checkpoints, tmp_path):
+def test_pairs_of_which_an_answer_is_cut_are_left_out(checkpoints, tmp_path):
+    """Half of one would be held against all of the other, or two might be the same."""
     processor = AutoProcessor.from_pretrained(checkpoints["small"])
     long = "red circle top left and blue cross top right "
-    pairs = [{"question": "describe", "chosen": long + a, "rejected": long + b}
-             for a, b in (("one", "two"), ("left", "right"))]
-    pairs[1] |= {"chosen": "left " + long, "rejected": "right " + long}
+    answers = ("left", "right"), (long, "right"), ("left", long), (long + "one", long + "two")
+    pairs = [{"question": "describe", "chosen": a, "rejected": b} for a, b in answers]
     (tmp_path / "d.json").write_text(json.dumps(pairs))
-    whole = open_data(tmp_path / "d.json", tmp_path, processor, pairs=True)
-    assert (len(whole), whole.n_too_long) == (2, 0)
-    cut = open_data(tmp_path / "d.json", tmp_path, processor, pairs=True, max_len=14)
-    assert (len(cut), cut.n_too_long) == (1, 1)
-    assert cut.sample(int(cut.usable[0]))[1][0][1]["content"][0]["text"].startswith("left")
-    late = {"question": "describe", "chosen": long * 20 + "one", "rejected": long * 20 + "two"}
-    (tmp_path / "late.json").write_text(json.dumps([late, pairs[1]]))  # its prompt alone is short for certain
-    assert open_data(tmp_path / "late.json", tmp_path, processor, pairs=True, max_len=100).n_too_long == 1
+    read = partial(open_data, tmp_path / "d.json", tmp_path, processor, pairs=True)
+    whole = read()
+    assert (len(whole), whole.n_too_long) == (4, 0)
+    _, second, third, last = (max(len(ids) for ids, _ in whole[k]["rows"]) for k in range(4))
+    assert second == third < last
+    for max_len, usable in (last, [0, 1, 2, 3]), (last - 1, [0, 1, 2]), (second - 1, [0]):
+        cut = read(max_len=max_len)
+        assert (cut.usable.tolist(), cut.n_too_long) == (usable, 4 - len(usable))
+        assert [cut[k] for k in range(len(cut))] == [whole[k] for k in usable]
 
 
 def test_captions_behind_images_that_do_not_fit_are_left_out(checkpoints, tmp_path):

@@ -192,6 +192,11 @@ def test_without_resume_it_starts_again(whole, flags, checkpoints, tmp_path, mon
     dft.main([*argv, "--no-resume"])
     assert "goes on" not in capsys.readouterr().out
     assert same_weights(whole / "one", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6, crash)
+        with pytest.raises(CrashError):
+            dft.main([*argv, "--no-resume"])
+    assert not [*(tmp_path / "out").glob("*.safetensors")]  # nobody takes the first model for the second
 
 
 # ---------------------------------------------------------------------------------- files

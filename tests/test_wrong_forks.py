@@ -167,6 +167,21 @@ def test_what_hangs_on_the_student_survives_an_interruption(world, checkpoints, 
     assert not [name for name in saved if "adapter" in name or "slow" in name or "average" in name]
 
 
+def test_what_is_trained_and_gets_no_gradient_is_refused_at_the_first_step(world, checkpoints, tmp_path,
+                                                                           monkeypatch):
+    """A tower that is set free, and an adapter that no loss uses."""
+    frees = lambda student: setattr(student.vision_tower, "requires_grad_", lambda _: None)
+    hangs = lambda student: setattr(student, "adapter", nn.Linear(2, 2))
+    for name, what in ("vision_tower.", frees), ("adapter.", hangs):
+        argv = ["--student", checkpoints["small"], *data_flags(world, out=tmp_path / name, max_steps=2)]
+        with monkeypatch.context() as patch, pytest.raises(InputError) as error:
+            hang(patch, what)
+            sft.main(argv)
+        assert str(error.value).startswith(f"the student's ['{name}")
+        assert "are trained but get no gradient: the loss does not depend on them, or" in str(error.value)
+        assert not log_of(tmp_path / name)
+
+
 def attend_otherwise(student) -> None:
     attention = student.language_model.layers[1].self_attn
     attention.config = copy.deepcopy(attention.config)
