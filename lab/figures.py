@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 import moe
 from data import Batch, LlavaData
@@ -63,9 +64,12 @@ def draw_lines(axis: Axes, table: Table, groups: Groups) -> None:
         axis.errorbar(*zip(*sorted(points)), marker="o", ms=4, capsize=3, label=name)
     axis.set(xscale="log", xlabel="TFLOP of all stages" if against_flops else "scenes that the student sees",
              ylabel="accuracy, %")
-    if not against_flops:
+    if against_flops:
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+    else:
         axis.set_xticks(table.scenes, [f"{n:,}" for n in table.scenes])
-        axis.minorticks_off()
+    axis.minorticks_off()
     axis.legend(frameon=False, fontsize=8)
 
 

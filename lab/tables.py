@@ -78,7 +78,7 @@ STUDENTS = {  # title, --llm, rates of a longer SFT and DFT, which tables `rates
     "16x1": ("16 wide, 1 layer", "16x1", "4e-3", "1.6e-2", 6),
     "16x2": ("16 wide, 2 layers", "16x2", "4e-3", "8e-3", 6),
     "24x2": ("24 wide, 2 layers", "24x2", "4e-3", "4e-3", 5),
-    "32x2": ("32 wide, 2 layers", "small", "4e-3", "4e-3", 5),
+    "32x2": ("32 wide, 2 layers", "small", "2e-3", "8e-3", 5),
 }
 MORE_RATES = {"16x1, dft": ["3.2e-2"], "32x2, sft": ["1e-3"]}  # where the first or last of four was best
 IDEAS = ("reverse_kl", "skewed_kl", "jsd", "top_k", "entropy", "decoupled", "projector_relation", "affinity",
