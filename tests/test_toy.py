@@ -28,7 +28,7 @@ from transformers import AutoProcessor
 import ckd
 import toy
 from lab import figures, intervals, letters, results, tasks, world
-from lab.tables import DEFAULTS, TABLES, TEACHERS, Table, cascade
+from lab.tables import DEFAULTS, STUDENTS, TABLES, TEACHERS, Table, cascade
 from model import Llava
 from support.flags import InputError
 
@@ -309,6 +309,19 @@ def test_a_published_page_is_of_its_rows_those_of_its_table_and_no_control_took_
         if better in ("DPT+SFT+DFT", "KD", "mimic, PD"):  # whose controls they are
             assert control[0] >= 0.9 * mine[0] or "equal time" not in worse, worse
             assert control[1] >= mine[1] or "equal FLOPs" not in worse, worse
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_student_of_the_ceiling_has_the_rates_that_were_best(name):
+    """And none of them at an end of those that were tried."""
+    found = {"sft": {}, "dft": {}}
+    for (method, _), group in results.grouped(read(RESULTS / f"rates-{name}.json")["rows"]).items():
+        if method != "Teacher":
+            kind, rate = re.search(r", (\w+) .* --lr (\S+)", method).groups()
+            found[kind][rate] = sum(row["accuracy"] for row in group)
+    for rates, chosen in zip(found.values(), STUDENTS[name][2:4]):
+        assert chosen == max(rates, key=rates.__getitem__)
+        assert min(map(float, rates)) < float(chosen) < max(map(float, rates))
 
 
 def test_stages_that_rows_share_are_planned_once(lab):
