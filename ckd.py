@@ -19,7 +19,7 @@ import dpt
 import sft
 from model import Llava
 from support.checkpoints import check_teacher
-from support.flags import REQUIRED, InputError, add_flags, add_kd_flags, cli, new_parser, require, to_argv
+from support.flags import KD, REQUIRED, InputError, add_flags, add_kd_flags, cli, new_parser, require, to_argv
 from support.parts import add_student_flags
 from support.ranks import process_group
 
@@ -60,12 +60,12 @@ def plan(args: argparse.Namespace, shared: list[str]) -> Iterator[tuple[ModuleTy
         starts = new or [{"student": teacher} for teacher in args.teachers[:-1]]
         names, starts = [*names[-2::-1], "student"], [*starts[::-1], student]
         teachers = [args.teachers[-1]] + [None] * (len(names) - 1)
-    before, of_kd = None, "teacher_dtype targets alpha beta gamma relation delta".split()
+    before = None
     pretrain = {"data": args.pretrain_data, "lr": args.pretrain_lr, "global_batch": args.pretrain_batch}
     finetune = {"data": args.finetune_data, "lr": args.finetune_lr, "global_batch": args.finetune_batch}
     for k, (name, start, teacher) in enumerate(zip(names, starts, teachers), 1):
         out = f"{args.out}/{k}-{name}"
-        distil = {key: vars(args)[key] for key in of_kd} | {"teacher": teacher or before}
+        distil = {key: vars(args)[key] for key in KD} | {"teacher": teacher or before}
         for stage, flags in (
             (dpt, (start or {"student": before}) | pretrain | distil | {"caption_only": args.caption_only}),
             (sft, {"student": f"{out}/dpt"} | finetune),

@@ -46,10 +46,8 @@ class Encoder:
         for token, learned in zip(*pieces):
             width = self.n_visual if token == self.image_id else 1
             if len(ids) + width > self.max_len:
-                if last_only:
-                    y = [IGNORE] * len(y)
-                elif y:
-                    y[-1] = IGNORE  # its token did not fit
+                kept = [] if last_only else y[:-1]  # the last one's token did not fit
+                y = kept + [IGNORE] * (len(y) - len(kept))
                 break
             ids += [token] * width
             y += [IGNORE] * (width - 1) + [learned]
@@ -75,8 +73,7 @@ class Batch(NamedTuple):
 
 
 Counts = namedtuple("Counts", "response visual prompt images tokens bad")
-# Of a sample: images, turns, bytes of text, turns and bytes before what is learned, whether images have no
-# markers.
+# Of a sample: images, turns, bytes of text, turns and bytes before what is learned, whether it is unmarked.
 Sizes = namedtuple("Sizes", "images turns text turns_before text_before unmarked")
 
 
@@ -166,7 +163,7 @@ class LlavaData(Dataset):
         try:
             rows = self.encode(conversations)
             met = [self.unknown[i] for i in self.unknown.keys() & {*rows[0][0], *rows[-1][0]}]
-            require(not met, f"{name} has {met}, which the teacher's tokenizer does not know: leave it out")
+            require(not met, f"{name} has {met[:3]}, which the teacher's tokenizer does not know")
             n_images = rows[0][0].count(self.encoder.image_id) // self.encoder.n_visual  # those not cut off
             images = [load_image(name, self.image_root, path) for path in paths[:n_images]]
             if images:  # as bytes, a quarter of their floats; `Llava.encode_images` does the last steps

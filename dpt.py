@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     parts, whole = (args.vision, args.llm), args.student
     if not (all(parts) and not whole or whole and not any(parts) and args.template == "teacher"):
-        parser.error("give either --vision and --llm (and --template), for a new student, or --student")
+        parser.error("give either --vision and --llm, or --student; --template is for a new student alone")
     if args.teacher and "prompt" in args.targets and args.caption_only:
         parser.error("with --caption_only there are no prompt tokens to distil: add --no-caption_only")
     if not args.teacher:

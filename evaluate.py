@@ -93,10 +93,9 @@ def generate(model_path: str, questions: list[dict], args: argparse.Namespace, f
                 finite.clear()
                 new = tokens[:, inputs["input_ids"].shape[1] :]
                 texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-                said = [{"text": text.strip()} for text in texts]
                 ended = torch.isin(new, torch.tensor(ends, device=new.device)).any(1)
-                for k in (~ended).nonzero().flatten().tolist():
-                    said[k]["cut"] = True  # at --max_new_tokens
+                said = [{"text": text.strip()} | ({} if whole else {"cut": True})
+                        for text, whole in zip(texts, ended.tolist())]
             said = [answer for mine in ranks.gather(said) for answer in mine]
             if ranks.rank == 0:
                 more = {"run": run, "seconds": round((time.perf_counter() - began) / len(said), 4)}

@@ -11,7 +11,7 @@ from support.chat import IMAGE_TOKEN, turn
 from support.flags import InputError, require
 
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-MARKS = "weight", "loss", "loss_mask", "loss_scale", "train", "training"  # of a turn or all: 0, not learned
+MARKS = "weight", "loss", "loss_mask", "loss_scale", "train", "training"  # of a turn: 0 if it is not learned
 # Keys of a sample or a turn that mean something and are not read, and pictures' keys. All others are notes.
 UNREAD = ("video videos audio audios history tools tool_calls function_call reasoning reasoning_content "
           "thinking system_prompt mask train_detail rejected_response rejected_conversations").split()
@@ -36,10 +36,11 @@ def check_sample(where: str, record: object, image_root: str, exist: bool = True
     turns, images, has = turns or other, images_of(where, record), str([*record])[:200]
     require(isinstance(turns, list) and turns, f"{where} has no 'conversations' list; it has {has}")
     marks = record.get("loss_mask")
-    marks = [None] * len(turns) if marks is None else marks
+    marks = [None] * len(turns) if marks in (None, []) else marks
     each = isinstance(marks, list) and len(marks) == len(turns)
     require(each, f"{where}: 'loss_mask' must be a list of 0 or 1, one for each of its {len(turns)} turns")
-    of_all = [record.get(key) for key in MARKS if key != "loss_mask"]  # of all its answers
+    of_all = [record[key] for key in MARKS if key != "loss_mask" and record.get(key) not in (None, 1)]
+    require(not of_all, f"{where} is marked {str(of_all)[:200]} as a whole: leave it out or mark its answers")
     if system := record.get("system"):
         turns, marks = [{"from": "system", "value": system}, *turns], [None, *marks]
     messages, n_markers = [], 0
@@ -51,8 +52,7 @@ def check_sample(where: str, record: object, image_root: str, exist: bool = True
         require(role and isinstance(text, str), told)
         require(is_text(text), f"{at} holds half of a surrogate pair, which is no character")
         require(not images_of(at, one), f"{at} names a picture; name it under 'image' of the sample")
-        given = mark, *map(one.get, MARKS), *(of_all if role == "assistant" else [])
-        given = [m for m in given if m is not None]
+        given = [m for m in (mark, *map(one.get, MARKS)) if m is not None]
         plain = all(m in (0, 1) for m in given) and (role == "assistant" or not any(given))
         require(plain, f"{at} is marked {str(given)[:200]}; read is 0: not learned, or 1: an answer that is")
         n = text.count(IMAGE_TOKEN) if images or role == "user" else 0

@@ -86,6 +86,9 @@ def to_argv(**flags: object) -> list[str]:
     return words
 
 
+KD = "teacher_dtype targets alpha beta gamma relation delta".split()  # the flags that follow
+
+
 def add_kd_flags(parser: argparse.ArgumentParser, alpha: float, beta: float, gamma: float, relation: str,
                  source: str) -> None:
     """The weights of Eqs. (6) and (7) of LLaVA-KD and the form of L_rel, with a stage's own defaults."""
@@ -102,8 +105,8 @@ def add_kd_flags(parser: argparse.ArgumentParser, alpha: float, beta: float, gam
 
 
 def drop_kd(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Set the flags of a stage without a teacher to distil nothing. If any was given, that is an error."""
-    for flag in "teacher_dtype", "targets", "alpha", "beta", "gamma", "relation", "delta":
+    """Let a stage without a teacher distil nothing. A flag of distillation beside its default is an error."""
+    for flag in KD:
         if getattr(args, flag) != parser.get_default(flag):
             parser.error(f"--{flag} is of distillation, which needs --teacher")
     args.targets, args.gamma = [], 0.0

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from support.flags import InputError, require
-from support.run import code_of, fingerprint
+from support.run import fingerprint
 
 BLANK = b"\xef\xbb\xbf \t\r\n"  # a byte order mark is no data
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "multimodal-distillation"
@@ -58,7 +58,7 @@ class Index:
 
     `measure(place, record)` also checks the record: the first InputError is the index's own, or with
     `skip_bad` all of them are kept in `bad` and their samples left out. `checks` names what `measure` depends
-    on: an index that was made under other checks, or by other code of theirs, is not used.
+    on: an index that was made under other checks, or by another checks.py, is not used.
     """
 
     def __init__(self, path: str, checks: str, width: int, measure: Callable[[str, object], tuple[int, ...]],
@@ -68,7 +68,7 @@ class Index:
         first = not dist.is_initialized() or int(os.environ.get("LOCAL_RANK", 0)) == 0  # on this machine
         try:
             real, edited = Path(path).resolve(), os.stat(path).st_mtime_ns
-            code = code_of(Path(__file__).with_name("checks.py"))
+            code = fingerprint(str(Path(__file__).with_name("checks.py")))
             key = json.dumps([7, code, str(real), fingerprint(path), edited, checks, skip_bad])
             self.place = CACHE / f"{real.name}.{hashlib.sha256(key.encode()).hexdigest()[:16]}"
             if first and not self.place.exists():

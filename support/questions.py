@@ -71,7 +71,7 @@ def kept_answers(file: Path, questions: list[dict], run: str) -> list[str]:
         lines.pop()
     of = [isinstance(line, dict) and (line.get("run"), line.get("question_id")) for line in lines]
     same = of == [(run, q["question_id"]) for q in questions[: len(lines)]]
-    others = "other questions, images or weights, or of another --suffix, --max_new_tokens or --dtype"
+    others = "other questions, images, weights, end tokens, or of another --suffix, --max_new_tokens, --dtype"
     require(same, f"{file} holds answers to {others}: take another --out, or delete it")
     return [line["text"] for line in lines]
 

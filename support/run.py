@@ -44,7 +44,7 @@ class Run:
     finished: bool  # whether OUT holds this very run, finished
     bad: set[str] = field(default_factory=set)  # what was wrong with each sample that was left out
     n_bad_steps: int = 0  # updates left out because they were not finite
-    trained: dict[str, Tensor] = field(default_factory=dict)  # the student's weights that are, by name
+    trained: dict[str, Tensor] = field(default_factory=dict)  # the student's, until one step has gradients
     bar: tqdm | None = None
     started: float = 0.0
     clock: float = 0.0  # when the last step ended
@@ -167,7 +167,7 @@ def is_finished(out: Path, now: dict, resume: bool | None) -> bool:
     both = old.keys() & new.keys()  # what was read may be gone, when it is not needed any more
     changed = [k for k in sorted(dict(old.items() ^ new.items())) if k in both or not k.startswith("--")]
     kind = "a finished" if finished else "an interrupted"
-    advice = "Accept that by --resume, or train again from the start by --no-resume"
+    advice = "Accept that by --resume, or train again from the start by --no-resume, which removes its model"
     refused = f"--out {out} holds {kind} run; since then {', '.join(changed)} changed. {advice}"
     require(not changed or resume is not None, refused)
     return finished and resume is not False
@@ -180,19 +180,20 @@ def start_run(run: Run, student: nn.Module, data, n_steps: int, first: int) -> N
         with writing(run.out):
             if not first:
                 shutil.rmtree(run.out / "state", ignore_errors=True)
-                for old in run.out.glob("model*.safetensors*"):  # nobody may take it for this run's
-                    old.unlink()
             write_identity(run, seconds=None)
+            for name in "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json":
+                for old in run.out.glob(name):  # nobody may take it for this run's
+                    old.unlink()
             log = run.out / "log.jsonl"
             log.touch()
             log.write_text("".join(log.read_text().splitlines(keepends=True)[:first]))
     check_samples(run, [data], len(data.bad))
     where = f"{args.micro_batch} at a time on {ranks.world_size} {ranks.device.type} rank(s), {run.dtype}"
     run.say(f"{stage}: {n_steps} steps of {args.global_batch} of {len(data)} samples, {where}")
-    run.say(f"  {data.n_too_long} more leave nothing to learn within --max_len and are left out")
+    run.say(f"  {data.n_too_long} more are left out: too little of them fits into --max_len")
     run.say(f"  {data.n_unmarked} samples have images but no <image>: they go first in the question")
     if data.n_joined:
-        run.say(f"  {data.n_joined} conversations are cut to their answers: --no-caption_only keeps all")
+        run.say(f"  of {data.n_joined} conversations the answers alone are read: --no-caption_only reads all")
     n, run.trained = Counter(), {name: p for name, p in student.named_parameters() if p.requires_grad}
     for name, p in student.named_parameters():  # a tied head is the embedding's weight, and named once
         n[name.split(".")[0], p.requires_grad] += p.numel()
@@ -221,10 +222,10 @@ def check_samples(run: Run, parts: list, n_bad: float) -> None:
 
 
 def may_update(run: Run, step: int, losses: list[dict[str, Tensor]], grad_norm: Tensor, micros: list) -> bool:
-    """Whether the gradient and all ranks' losses are finite; if not, it is said, and too often an error. An
-    error is also a trained weight that has no gradient.
+    """Whether the gradient and all ranks' losses are finite; if not, it is said, and too often an error. So
+    is a trained weight that has no gradient in the first step.
     """
-    idle = [name for name, p in run.trained.items() if p.grad is None][:3]
+    idle, run.trained = [name for name, p in run.trained.items() if p.grad is None][:3], {}
     why = "the loss does not depend on them, or they are used under torch.no_grad, as `encode_images` is"
     require(not idle, f"the student's {idle} are trained but get no gradient: {why}")
     mine = math.isfinite(sum(terms["loss"].item() for terms in losses))

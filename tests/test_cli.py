@@ -267,7 +267,8 @@ def test_an_index_is_made_again_when_the_checks_are_others(tmp_path, monkeypatch
     (tmp_path / "d.json").write_text("[{}]")
     read = lambda size: index.Index(str(tmp_path / "d.json"), "", 1, lambda *_: (size,)).sizes.item()
     assert read(1) == read(2) == 1
-    monkeypatch.setattr(index, "code_of", lambda path: {str(path): path.name == "checks.py"})
+    real = index.fingerprint
+    monkeypatch.setattr(index, "fingerprint", lambda path: real(path) + "!" * path.endswith("checks.py"))
     assert read(2) == 2
 
 
@@ -485,7 +486,7 @@ def test_prompt_tokens_need_prompts(parts, capsys):
 @pytest.mark.parametrize("flags, said", [
     ("--alpha 3", "--alpha is of distillation, which needs --teacher"),
     ("--targets response", "--targets is of distillation"), ("--gamma 0", "--gamma is of distillation"),
-    ("--template own", "give either --vision and --llm (and --template), for a new student, or --student"),
+    ("--template own", "--template is for a new student alone"),
 ])
 def test_flags_that_would_do_nothing_are_refused(flags, said, capsys):
     with pytest.raises(SystemExit):

@@ -216,7 +216,7 @@ def test_what_the_student_is_shown(start, tokenizer, capsys):
     assert mixed(grouped) <= 1  # of what is left over
     assert plain.ids[0].tolist() != start("sft", seed=4, max_steps=1, **pairs).ids[0].tolist()
     captions = start("dpt", lr=0, max_steps=1)
-    assert "  12 conversations are cut to their answers: --no-caption_only" in capsys.readouterr().out
+    assert "  of 12 conversations the answers alone are read: --no-caption_only" in capsys.readouterr().out
     assert "ASSISTANT" in tokenizer.decode(plain.ids[0][0])
     assert not any("ASSISTANT" in tokenizer.decode(row) for ids in captions.ids for row in ids)
 

@@ -115,8 +115,8 @@ def test_pictures_that_are_no_files_are_refused_in_few_words(image, why):
     ({"loss_mask": [1], "conversations": TALK}, "one for each of its 2 turns"),
     ({"loss_mask": [1, 1], "conversations": TALK}, r"turn 0, is marked \[1\]; read is 0"),
     ({"loss_mask": 0, "conversations": TALK}, "'loss_mask' must be a list of 0 or 1"),
-    ({"train": False, "conversations": TALK}, "has no 'gpt' turn that answers a human one and is learned"),
-    ({"weight": 0.5, "conversations": TALK}, r"turn 1, is marked \[0.5\]"),
+    ({"train": False, "conversations": TALK}, r"sample 0 is marked \[False\] as a whole: leave"),
+    ({"weight": 0.5, "conversations": TALK}, r"is marked \[0.5\] as a whole"),
     ({"conversations": [TALK[0], TALK[1] | {"weight": 0.5}]}, r"turn 1, is marked \[0.5\]"),
     ({"conversations": [TALK[0], TALK[1] | {"loss": [0]}]}, r"turn 1, is marked \[\[0\]\]"),
     ({"conversations": [TALK[0], TALK[1] | {"train": False}]}, "answers a human one and is learned"),
@@ -129,7 +129,7 @@ def test_what_means_something_is_read_or_refused(record, message):
 
 def test_notes_are_no_reason_to_stop():
     notes = {"id": 1, "source": "x", "metadata": {"a": 1}, "system": "", "history": [], "tools": None,
-             "weight": 1}
+             "weight": 1, "loss_mask": []}
     assert read(notes | {"conversations": TALK, "messages": TALK}) == read({"conversations": TALK})
 
 
