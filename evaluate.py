@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         for path, name in zip(args.model, names):
             answers[name] = generate(path, questions, args, out / f"{name}.jsonl")
             if ranks.rank == 0 and (n_cut := count_cut(out / f"{name}.jsonl")):
-                print(f"{name}: {n_cut} answers are cut at --max_new_tokens {args.max_new_tokens}: give more")
+                print(f"{name}: {n_cut} of {len(questions)} answers are cut: give a higher --max_new_tokens")
             if ranks.rank == 0 and (metric or len(names) > 1):
                 scores[name] = metric(questions, answers[name]) if metric else {}
                 scores[name] |= {"left_out": len(bad)} if bad else {}

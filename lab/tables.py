@@ -58,7 +58,7 @@ def ceiling(title: str, llm: str, sft: str, dft: str, doublings: int) -> Table:
             half = f"--max_steps {n // 2} --lr"
             rows[f"DFT {n}"] = f"pt --llm {llm} | dft --max_steps {n} --lr {dft}"
             rows[f"DFT, SFT {n}"] = f"pt --llm {llm} | dft {half} {dft} | sft {half} {sft}"
-    times = {"DFT": (1, 2, 4, 8), "DFT, SFT": (1, 2)}  # as many steps, seconds; FLOPs are in between 4 and 8
+    times = {"DFT": (1, 2, 4, 8), "DFT, SFT": (1, 2)}  # equal steps, seconds; FLOPs are at 4 to 8
     claims = [(f"{kind} {n}", f"SFT {m * n}") for kind in times for m in times[kind] for n in budgets[:-1]
               if m * n in budgets]
     quarter, half, longest = budgets[-3:]

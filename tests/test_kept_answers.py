@@ -69,7 +69,7 @@ def test_an_interrupted_evaluation_goes_on(questions, checkpoints, tmp_path, mon
 
 def test_answers_that_are_cut_are_counted_those_that_were_kept_too(questions, checkpoints, tmp_path, capsys):
     flags = questions | {"model": checkpoints["small"]}
-    cut = "small: 5 answers are cut at --max_new_tokens 1: give more\n"
+    cut = "small: 5 of 5 answers are cut: give a higher --max_new_tokens\n"
     for n, ends, said in (1, 371, cut), (6, [*range(448)], "small: accuracy"):
         model = shutil.copytree(checkpoints["small"], tmp_path / str(n) / "small")
         settings = json.loads((model / "generation_config.json").read_text()) | {"eos_token_id": ends}
