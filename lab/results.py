@@ -106,12 +106,13 @@ def verdicts_of(table: Table, rows: list[dict]) -> str:
 
 
 def machine() -> str:
-    """This machine's processor and what runs on it."""
+    """This machine's processor, by whose instructions sums are rounded, and what runs on it."""
     try:
         names = [line for line in open("/proc/cpuinfo") if line.startswith("model name")]
         name = f"{len(names)} cores of {names[0].split(':')[1].strip()}"
     except (OSError, IndexError):
         name = platform.processor() or platform.machine()
+    name = f"{name} ({torch.backends.cpu.get_cpu_capability()})"
     return f"{name}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
