@@ -87,6 +87,10 @@ def generate(model_path: str, questions: list[dict], args: argparse.Namespace, f
                     images = list(pool.map(load_image, *zip(*places))) if places else None
                 inputs = processor(images=images, text=prompts[first : first + args.batch], **how)
                 inputs = inputs.to(ranks.device, dtype)
+                n, new = inputs["input_ids"].shape[1], args.max_new_tokens
+                most = getattr(model.config.text_config, "max_position_embeddings", n + new)
+                why = f"a question has {n} tokens, and --max_new_tokens is {new}: give less, or leave it out"
+                require(n + new <= most, f"{model_path} has max_position_embeddings {most}, but {why}")
                 tokens = model.generate(**inputs, max_new_tokens=args.max_new_tokens)
                 why = f"its weights hold Inf or NaN, or are too large for --dtype {args.dtype}"
                 require(all(finite), f"{model_path} computes logits that are not finite: {why}")

@@ -83,8 +83,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--step pd needs --teacher")
     if args.step in MIMIC and args.kl and not args.teacher:
         parser.error(f"--step {args.step} needs --teacher, or --kl 0")
-    if args.step in MIMIC and not args.kl and (args.teacher or not args.ar):
-        parser.error("--kl 0 needs --ar above 0, which is then all that is learned, and no --teacher")
+    taught = args.teacher or args.teacher_dtype != "auto" or args.distill != "response"
+    if args.step in MIMIC and not args.kl and (taught or not args.ar):
+        parser.error("--kl 0 needs --ar above 0, which is then all that is learned, and no --teacher, "
+                     "--teacher_dtype or --distill")
     return args
 
 

@@ -263,6 +263,21 @@ def test_a_checkpoint_s_own_settings_do_not_change_its_answers(world, checkpoint
     assert len(set(plain)) > 1
 
 
+def test_an_answer_has_no_position_that_the_model_has_not_learned(checkpoints, tmp_path):
+    shutil.copytree(checkpoints["small"], tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    chat = Chat(load_stock(str(tmp_path / "model"), torch.float32)[1])
+    n = len(chat.ids(chat.render([turn("user", "how many ?")], ask=True)))
+    config["text_config"]["max_position_embeddings"] = n + 6
+    path.write_text(json.dumps(config))
+    asked = [{"text": "how many ?"}]
+    assert ask(tmp_path / "model", tmp_path / "said", asked, max_new_tokens=6)
+    message = f"embeddings {n + 6}, but a question has {n} tokens, and --max_new_tokens is 7: give less"
+    with pytest.raises(InputError, match=message):
+        ask(tmp_path / "model", tmp_path / "more", asked, max_new_tokens=7)
+
+
 def test_answers_end_where_the_checkpoint_says(checkpoints, tokenizer, tmp_path):
     shutil.copytree(checkpoints["small"], tmp_path / "model")
     path = tmp_path / "model" / "generation_config.json"

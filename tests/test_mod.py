@@ -490,6 +490,9 @@ def bad_commands():
     yield ["--step", "d2s", "--student", "{d2d}", *teacher, "--po", "dpo"], "--po is for --step pd"
     yield ["--step", "pd", "--student", "{d2s}", *teacher, "--kl", "2"], "--kl is for --step d2d and d2s"
     yield ["--step", "d2s", "--student", "{d2d}"], "needs --teacher, or --kl 0"
+    plain = ["--step", "d2d", "--student", "{d2d}", "--kl", "0", "--ar", "1"]
+    yield [*plain, "--distill", "response+instruction"], "no --teacher, --teacher_dtype or --distill"
+    yield [*plain, "--teacher_dtype", "bf16"], "no --teacher, --teacher_dtype or --distill"
     yield ["--step", "pd", "--student", "{d2s}"], "needs --teacher"
     yield ["--step", "d2s", "--student", "{d2d}", *teacher, "--moe_layers", "7"], "--moe_layers '7'"
     yield ["--step", "d2s", "--student", "{d2d}", *teacher, "--moe_layers", "odd"], "--moe_layers 'odd'"
