@@ -9,8 +9,6 @@ The stages are the real ones, called with the flags of their command lines. What
 once. The same command goes on where it was stopped, and keeps what was made by the same code and flags.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import hashlib
@@ -108,7 +106,8 @@ class Lab:
             if script.stem == "dpt":  # captions answer a question here, which the tiny language models know
                 flags["caption_only"] = False
             usual = DATA.get(name, "mixed" if script.stem == "mod_distill" else "finetune")
-            name = slug(text) + f".{kind}" * (kind != usual)
+            name = text.replace(" --", ".").replace(" ", "=")  # "dft --gamma 0" becomes dft.gamma=0
+            name += f".{kind}" * (kind != usual)
             out = folders[-1].with_name(f"{folders[-1].name}-{name}") if folders else folder / name
             flags = {k: v for k, v in (SETTINGS | flags).items() if f"--{k}" not in words}
             argv = to_argv(**flags, out=out) + words
@@ -163,11 +162,6 @@ class Lab:
     def scores(self, questions: str, model: Path) -> dict:
         (scores,) = json.loads((self.place("answers", questions, model) / "scores.json").read_text()).values()
         return scores
-
-
-def slug(text: str) -> str:
-    """A folder's name for a stage: "dft --gamma 0" becomes dft.gamma=0."""
-    return text.replace(" --", ".").replace(" ", "=")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -8,8 +8,6 @@ GPU's or of resident memory (Linux): for losses beyond weights and inputs, in th
 beyond the libraries. "Products" walks the same chunks, a floor for all that forms the same logits.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import multiprocessing

@@ -4,8 +4,6 @@ the first seed's models, on scenes of the training data.
     python -m lab.figures docs/results/ceiling-*.json --picture ceiling.png    curves, a panel for each file
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
@@ -31,15 +29,9 @@ KINDS = ("image: object", "image: nothing", "colour", "shape", "place", "other w
 Groups = dict[tuple[str, int], list[dict]]  # the seeds of each row and number of scenes
 
 
-def mean_and_half(group: list[dict]) -> tuple[float, float]:
-    """The accuracy and half of its interval as it is drawn: of one seed there is none."""
-    mean, half = interval([row["accuracy"] for row in group])
-    return mean, math.nan if math.isinf(half) else half
-
-
 def draw_bars(axis: Axes, table: Table, groups: Groups) -> None:
     for k, ((name, _), group) in enumerate(groups.items()):
-        mean, half = mean_and_half(group)
+        mean, half = interval([row["accuracy"] for row in group])
         axis.barh(k, mean, xerr=half, color="#93c5fd" if name in table.rows else "#d4d4d4", capsize=3)
         axis.text(mean + (0 if math.isnan(half) else half), k, f"  {mean:.1f}", va="center", fontsize=9)
     axis.set(yticks=range(len(groups)), yticklabels=[name for name, _ in groups])
@@ -59,7 +51,7 @@ def draw_lines(axis: Axes, table: Table, groups: Groups) -> None:
         else:
             beside = scenes * (1 + 0.03 * names.index(name))  # so that no interval hides another
             line, x = (name.rsplit(" ", 1)[0], group[0]["tflop"]) if against_flops else (name, beside)
-            lines.setdefault(line, []).append((x, *mean_and_half(group)))
+            lines.setdefault(line, []).append((x, *interval([row["accuracy"] for row in group])))
     for name, points in lines.items():
         axis.errorbar(*zip(*sorted(points)), marker="o", ms=4, capsize=3, label=name)
     axis.set(xscale="log", xlabel="TFLOP of all stages" if against_flops else "scenes that the student sees",
@@ -77,8 +69,8 @@ def draw_differences(axis: Axes, table: Table, groups: Groups) -> None:
     """Of claims that all have the same worse row, at each number of scenes."""
     for k, scenes in enumerate(table.scenes):
         pairs = [zip(groups[better, scenes], groups[worse, scenes]) for better, worse in table.claims]
-        gains = [[{"accuracy": a["accuracy"] - b["accuracy"]} for a, b in pair] for pair in pairs]
-        means, halves = zip(*map(mean_and_half, gains))
+        gains = [[a["accuracy"] - b["accuracy"] for a, b in pair] for pair in pairs]
+        means, halves = zip(*map(interval, gains))
         places = [i + 0.25 * k for i in range(len(gains))]
         axis.errorbar(means, places, xerr=halves, fmt="o", ms=4, capsize=3, label=f"{scenes:,} scenes")
     axis.axvline(0, color="k", ls=":", lw=1)

@@ -4,8 +4,6 @@ Each seed draws other scenes for the student, another projector and another orde
 paired, since both have the same scenes and orders; the test questions are the same for all.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import statistics
@@ -32,10 +30,10 @@ def t_975(freedom: int) -> float:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """The mean and half of its 95 % interval, which for one value is infinite."""
+    """The mean and half of its 95 % interval, which one value has not: nan."""
     n, mean = len(values), statistics.fmean(values)
     if n == 1:
-        return mean, math.inf
+        return mean, math.nan
     return mean, t_975(n - 1) * statistics.stdev(values) / math.sqrt(n)
 
 

@@ -47,13 +47,6 @@ def read_config(path: str) -> hf.LlavaConfig:
                           tie_word_embeddings=llm[0].tie_word_embeddings)
 
 
-def n_visual_tokens(config: hf.LlavaConfig) -> int:
-    """The tokens that an image becomes: of TinyLLaVA's checkpoints one less than the tower has patches."""
-    vision, drops_first = config.vision_config, config.vision_feature_select_strategy == "default"
-    n_cls = vision.model_type == "clip_vision_model"
-    return (vision.image_size // vision.patch_size) ** 2 + n_cls - drops_first
-
-
 def sizes(config: hf.LlavaConfig, args: argparse.Namespace | None = None) -> dict[str, float]:
     """Numbers of parameters by part; with the `args` of d2s or pd, of the sparse model that comes of it."""
     config = copy.deepcopy(config)
@@ -65,7 +58,9 @@ def sizes(config: hf.LlavaConfig, args: argparse.Namespace | None = None) -> dic
     count = lambda *parts: sum(p.numel() for part in parts for p in part.parameters())
     text, sparse = config.text_config, [m for m in body.modules() if hasattr(m, "experts")]
     top_k, experts = (text.num_experts_per_tok, text.num_experts) if sparse else (1, 1)
+    drops_first = config.vision_feature_select_strategy == "default"  # as model.Llava
     return {
+        "visual tokens": model.vision_tower.embeddings.num_positions - drops_first,
         "all": count(llava), "vision": count(model.vision_tower), "head": count(body.embed_tokens),
         "projector": count(model.multi_modal_projector), "body": count(body) - count(body.embed_tokens),
         "moe": count(*sparse), "idle": count(*sparse) * (1 - top_k / experts), "top_k": top_k,
@@ -112,9 +107,6 @@ def step(args: argparse.Namespace, tokens: int | None = None) -> dict[str, float
     theirs = read_config(args.teacher) if getattr(args, "teacher", None) else None
     text, gpu = config.text_config, args.gpus > 0
     dtype = precision(args.dtype, torch.bfloat16 if gpu else torch.float32)
-    n_visual = n_visual_tokens(theirs or config)  # the teacher's, which a new student takes over
-    tokens = tokens or n_visual + args.text
-    require(tokens > n_visual, f"samples of {tokens} tokens have no room for an image of {n_visual}")
     n, answers = sizes(config, args if args.stage in mod_distill.SPARSE else None), 1 + (args.stage == "pd")
     llm = n["all"] - n["vision"] - n["projector"]
     part = {"dpt": 0, "d2s": n["moe"], "pd": n["moe"]}.get(args.stage, llm)  # of it that is trained
@@ -126,6 +118,9 @@ def step(args: argparse.Namespace, tokens: int | None = None) -> dict[str, float
                  for c in (config, theirs)]
         if looks[0] == looks[1]:  # then, if its weights are the same too, one tower serves both
             t["all"], t["vision"] = t["all"] - t["vision"], 0
+    n_visual = (t if theirs else n)["visual tokens"]  # the teacher's, which a new student takes over
+    tokens = tokens or n_visual + args.text
+    require(tokens > n_visual, f"samples of {tokens} tokens have no room for an image of {n_visual}")
     targets, gamma = getattr(args, "targets", []), bool(getattr(args, "gamma", 0))
 
     # ---- memory

@@ -1,7 +1,5 @@
 """What the rows of a table amount to: means with intervals, paired differences, verdicts, and a page."""
 
-from __future__ import annotations
-
 import json
 import math
 import platform
@@ -54,7 +52,7 @@ def verdict(gains: list[float], p: float) -> str:
 
 def plus_minus(values: list[float], sign: str = "", digits: int = 1) -> str:
     mean, half = interval(values)
-    return f"{mean:{sign}.{digits}f}" + ("" if math.isinf(half) else f" ± {half:.{digits}f}")
+    return f"{mean:{sign}.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
 def markdown(lines: list[list[str]]) -> str:

@@ -6,8 +6,6 @@ of assets/toy (by default small); --teacher, one of TEACHERS; and --fork, a diff
 not in the paper's table ends with *. A new idea is one row.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from lab.world import SKILLS
