@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from lab.world import SKILLS
 
-# Steps and peak learning rate of each stage, unless the row says others. Those of DFT, D2S and the controls
-# TIME and FLOPS were the best in the tables rates and rates-mod below; other stages and rows reuse them.
+# Steps and peak learning rate of each stage, unless the row says others. DFT's and those of the controls TIME
+# and FLOPS were the best in the table rates below, D2S's of three; other rows reuse them.
 DEFAULTS = {"pt": (400, 3e-3), "dpt": (400, 3e-3), "sft": (400, 2e-3), "dft": (400, 8e-3),
             "d2d": (400, 2e-3), "d2s": (400, 8e-3), "pd": (100, 5e-4)}
 CKD = "--gamma 1 --relation columns"  # CKD's form of the loss

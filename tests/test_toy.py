@@ -28,7 +28,7 @@ from transformers import AutoProcessor
 import ckd
 import toy
 from lab import figures, intervals, letters, results, tasks, world
-from lab.tables import DEFAULTS, STUDENTS, TABLES, TEACHERS, Table, cascade
+from lab.tables import DEFAULTS, FLOPS, STUDENTS, TABLES, TEACHERS, TIME, Table, cascade
 from model import Llava
 from support.flags import InputError
 
@@ -322,6 +322,21 @@ def test_a_student_of_the_ceiling_has_the_rates_that_were_best(name):
     for rates, chosen in zip(found.values(), STUDENTS[name][2:4]):
         assert chosen == max(rates, key=rates.__getitem__)
         assert min(map(float, rates)) < float(chosen) < max(map(float, rates))
+
+
+def test_the_method_and_its_controls_have_the_rates_that_were_best():
+    """In the mean over all scenes, and none of them at an end of those that were tried."""
+    found = {}
+    for row in read(RESULTS / "rates.json")["rows"]:
+        if row["method"] != "Teacher":
+            stages, rate = row["method"].split(" --lr ")
+            rates = found.setdefault(stages, {})
+            rates[float(rate)] = rates.get(float(rate), 0) + row["accuracy"]
+    used = {"dpt, sft, dft": DEFAULTS["dft"][1]}
+    used |= {f"pt, sft, {stage}": float(rate) for stage, rate in (c.split(" --lr ") for c in (TIME, FLOPS))}
+    for stages, rate in used.items():
+        assert rate == max(found[stages], key=found[stages].__getitem__)
+        assert min(found[stages]) < rate < max(found[stages])
 
 
 def test_stages_that_rows_share_are_planned_once(lab):
