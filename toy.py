@@ -48,8 +48,8 @@ code = functools.cache(code_of)
 class Lab:
     """The world, and a plan of what is to be done in it: the stages and scores of rows."""
 
-    def __init__(self, out: Path, source: ModuleType = world):
-        self.out, self.world, self.tasks = out, out / "world", {}
+    def __init__(self, out: Path, source: ModuleType = world, own_teachers: bool = False):
+        self.out, self.world, self.own_teachers, self.tasks = out, out / "world", own_teachers, {}
         parts = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(world.BASE.rglob("*.safetensors"))))
         made = {"code": code(source.__file__), "parts": parts.hexdigest()}
         drawn = Task(source.write_world, "", [], self.world, [], made)
@@ -96,10 +96,10 @@ class Lab:
             else:
                 flags |= {"vision": world.BASE / "siglip", "llm": world.BASE / f"qwen-{own.llm}"}
             if name not in ("pt", "sft") and " --kl 0 " not in f"{text} ":
-                flags["teacher"] = self.teacher(own.teacher)[-1]
+                flags["teacher"] = self.teacher(own.teacher, seed)[-1]
                 inputs.append(flags["teacher"])
             if own.teacher2:
-                flags["teacher2"] = self.teacher(own.teacher2)[-1]
+                flags["teacher2"] = self.teacher(own.teacher2, seed)[-1]
                 inputs.append(flags["teacher2"])
             if script.stem == "mod_distill":
                 flags["step"] = name
@@ -108,6 +108,7 @@ class Lab:
             usual = DATA.get(name, "mixed" if script.stem == "mod_distill" else "finetune")
             name = text.replace(" --", ".").replace(" ", "=")  # "dft --gamma 0" becomes dft.gamma=0
             name += f".{kind}" * (kind != usual)
+            name += ".own" * (self.own_teachers and seed > 0 and "teacher" in flags)  # seed 0: the usual
             out = folders[-1].with_name(f"{folders[-1].name}-{name}") if folders else folder / name
             flags = {k: v for k, v in (SETTINGS | flags).items() if f"--{k}" not in words}
             argv = to_argv(**flags, out=out) + words
@@ -119,11 +120,13 @@ class Lab:
             folders.append(out)
         return folders
 
-    def teacher(self, name: str) -> list[Path]:
-        """Plan a teacher; returns the folders of its stages."""
-        return self.chain(TEACHERS[name], "mixed", world.N_TRAIN, 0, self.out / name)
+    def teacher(self, name: str, seed: int) -> list[Path]:
+        """Plan a teacher, the seed's own or the one of all seeds; returns the folders of its stages."""
+        seed = seed if self.own_teachers else 0
+        folder = self.out / f"seed{seed}" / name if seed else self.out / name
+        return self.chain(TEACHERS[name], "mixed", world.N_TRAIN, seed, folder)
 
-    def ask(self, table: Table, model: Path) -> None:
+    def ask(self, table: Table, model: Path, seed: int) -> None:
         """Plan what a model is asked: the questions, and to describe where it has learned to."""
         for file in (table.questions, "describe")[: 2 if table.data == "mixed" else 1]:
             out = self.place("answers", file, model)
@@ -133,7 +136,7 @@ class Lab:
             argv = to_argv(model=model, questions=self.world / f"{file}.jsonl", images=self.world / "images",
                            out=out, batch=250, **how)
             self.plan(score, ROOT / "evaluate.py", argv, out, [self.world, model])
-        teacher, out = self.teacher("teacher")[-1], self.place("nearness", table.questions, model)
+        teacher, out = self.teacher("teacher", seed)[-1], self.place("nearness", table.questions, model)
         argv = [*map(str, (model, teacher, self.world / f"{table.questions}.jsonl", self.world / "images"))]
         self.plan(compare, ROOT / "lab/tasks.py", argv, out, [self.world, model, teacher])
 
@@ -173,6 +176,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
          "out/letters"),
         ("--seeds", positive, 1, "how often each student is trained; at least 3 for a verdict"),
         ("--first_seed", natural, 0, "the first of the seeds"),
+        ("--own_teachers", bool, False, "each seed trains its own teachers, so intervals cover these too; "
+         "else all have those of seed 0"),
         ("--jobs", positive, 2, "stages at a time, one thread each"),
     ])
     return parser.parse_args(argv)
@@ -182,27 +187,25 @@ def main(argv: list[str] | None = None) -> None:
     args, start = parse_args(argv), time.time()
     require(args.table, f"--table names no table; there are {', '.join(TABLES)}")
     source, usual = WORLDS[args.world]
-    lab, planned = Lab(Path(args.out or usual), source), []
+    lab, planned = Lab(Path(args.out or usual), source, args.own_teachers), []
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
     for name in dict.fromkeys(args.table):
         table = TABLES[name]
         known = all({better, worse} <= table.rows.keys() for better, worse, *_ in table.claims)
         require(known, f"a claim of {name} is about a row that the table has not")
-        for seed in range(args.first_seed, args.first_seed + args.seeds):
-            for scenes, (method, recipe) in itertools.product(table.scenes, table.rows.items()):
-                stages = lab.chain(recipe, table.data, scenes, seed)
-                lab.ask(table, stages[-1])
-                planned.append((name, method, scenes, seed, stages))
-        for teacher in TEACHERS:
-            if teacher == "teacher" or any(
-                f"--teacher {teacher}" in recipe for recipe in table.rows.values()
-            ):
-                stages = lab.teacher(teacher)
-                lab.ask(table, stages[-1])
-                planned.append((name, teacher.capitalize(), world.N_TRAIN, 0, stages))
+        for seed, scenes, (method, recipe) in itertools.product(seeds, table.scenes, table.rows.items()):
+            stages = lab.chain(recipe, table.data, scenes, seed)
+            lab.ask(table, stages[-1], seed)
+            planned.append((name, method, scenes, seed, stages))
+        for teacher, seed in itertools.product(TEACHERS, seeds if args.own_teachers else [0]):
+            if teacher == "teacher" or f"--teacher {teacher}" in " ".join(table.rows.values()):
+                stages = lab.teacher(teacher, seed)
+                lab.ask(table, stages[-1], seed)
+                planned.append((name, teacher.capitalize(), world.N_TRAIN, seed, stages))
     do(lab.tasks, args.jobs, lab.out)
     command, seconds = argv or sys.argv[1:], time.time() - start
     for name, group in itertools.groupby(planned, key=lambda plan: plan[0]):
-        page = name if args.world == "shapes" else f"{args.world}-{name}"
+        page = "letters-" * (args.world == "letters") + name + "-teachers" * args.own_teachers
         plans, pictures = [rest for _, *rest in group], {}
         if TABLES[name].figure == "experts":
             models = {method: stages[-1] for method, _, seed, stages in plans if seed == args.first_seed}

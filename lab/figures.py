@@ -47,7 +47,8 @@ def draw_lines(axis: Axes, table: Table, groups: Groups) -> None:
     lines, names, against_flops = {}, list(table.rows), table.figure == "curves"
     for (name, scenes), group in groups.items():
         if name not in names:  # a teacher
-            axis.axhline(group[0]["accuracy"], color="k", ls=":", lw=1, label=name)
+            mean, _ = interval([row["accuracy"] for row in group])
+            axis.axhline(mean, color="k", ls=":", lw=1, label=name)
         else:
             beside = scenes * (1 + 0.03 * names.index(name))  # so that no interval hides another
             line, x = (name.rsplit(" ", 1)[0], group[0]["tflop"]) if against_flops else (name, beside)

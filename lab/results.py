@@ -31,10 +31,11 @@ reading samples) and TFLOP (the teacher's forward passes included) are those of 
 A row with * is ours: the paper's table has none.
 
 Intervals are Student's t over the seeds, which differ in the student's scenes, its new projector and the
-order of samples; a teacher is trained once. A claim is **reproduced** or **reversed** if the 95 % interval of
-the paired difference leaves out 0; else it is undecided, with the number of seeds with which it would be
-decided if mean and spread stayed as they are. Cost: seconds and FLOPs of the first row, by those of the
-second. Fix the number of seeds beforehand: to add some until there is a verdict finds too many."""
+order of samples; a teacher is trained once, unless the title says that each seed has its own. A claim is
+**reproduced** or **reversed** if the 95 % interval of the paired difference leaves out 0; else it is
+undecided, with the number of seeds with which it would be decided if mean and spread stayed as they are.
+Cost: seconds and FLOPs of the first row, by those of the second. Fix the number of seeds beforehand: to add
+some until there is a verdict finds too many."""
 ONE = ("One seed has no interval and gives no verdict. Rows of other seeds differ by some points: "
        "take --seeds 3 or more.")
 

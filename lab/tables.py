@@ -197,6 +197,8 @@ TABLES = {
 
 
 def table_named(name: str) -> Table:
-    """A table, or after "letters-" the same in that world."""
-    table = TABLES[name.removeprefix("letters-")]
-    return table if name in TABLES else table._replace(title=f"{table.title}: the world of letters")
+    """A table; after "letters-" the same in that world; before "-teachers" each seed has its own."""
+    table = TABLES[name.removeprefix("letters-").removesuffix("-teachers")]
+    more = ": the world of letters" * name.startswith("letters-")
+    more += ": each seed with its own teachers" * name.endswith("-teachers")
+    return table._replace(title=table.title + more)

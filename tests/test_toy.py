@@ -28,7 +28,7 @@ from transformers import AutoProcessor
 import ckd
 import toy
 from lab import figures, intervals, letters, results, tasks, world
-from lab.tables import DEFAULTS, FLOPS, STUDENTS, TABLES, TEACHERS, TIME, Table, cascade
+from lab.tables import DEFAULTS, FLOPS, STUDENTS, TABLES, TEACHERS, TIME, Table, cascade, table_named
 from model import Llava
 from support.flags import InputError
 
@@ -293,7 +293,7 @@ def test_a_published_page_is_of_its_rows_those_of_its_table_and_no_control_took_
     those of one machine vary.
     """
     path = RESULTS / name
-    found, table = read(path), TABLES[path.stem.removeprefix("letters-")]
+    found, table = read(path), table_named(path.stem)
     page = results.page_of(path.stem, **found) + f"\n\n{results.LEGEND}\n"
     assert page == path.with_suffix(".md").read_text()
     assert all((path.parent / picture).exists() for picture in found["pictures"])
@@ -347,13 +347,34 @@ def test_stages_that_rows_share_are_planned_once(lab):
     assert (
         flag(argv["dpt"], "teacher")
         == flag(argv["dpt-sft-dft"], "teacher")
-        == str(lab.teacher("teacher")[-1])
+        == str(lab.teacher("teacher", 0)[-1])
     )
     mixed = lab.chain("pt | sft", "mixed", 400, 0)
     plain = lab.chain("pt | sft", "finetune", 400, 0)
     assert mixed[0] == plain[0] and mixed[1] != plain[1]  # PT reads captions in both
     other = lab.chain("dpt --gamma 0 | sft", "finetune", 400, 0)
     assert not set(other) & set(a) and other[0].name == "dpt.gamma=0"
+
+
+def test_each_seed_may_have_its_own_teachers_and_seed_0_has_the_usual_ones(lab):
+    usual = [lab.teacher("distilled", seed) for seed in (0, 1)]
+    assert usual[0] == usual[1]
+    plain = [lab.chain("pt | sft | dft", "finetune", 400, seed) for seed in (0, 1)]
+    lab.own_teachers = True
+    own = [lab.teacher("distilled", seed) for seed in (0, 1)]
+    students = [lab.chain("pt | sft | dft", "finetune", 400, seed) for seed in (0, 1)]
+    lab.ask(TABLES["kd2"], students[1][0], 1)
+    assert own[0] == usual[0] and students[0] == plain[0]
+    assert not set(own[1]) & set(own[0]) and students[1][:2] == plain[1][:2]  # PT and SFT have no teacher
+    assert students[1][2] != plain[1][2]  # and none is overwritten by the other
+    for seed, student in (0, plain[1][2]), (1, students[1][2]):
+        assert flag(lab.tasks[student].argv, "teacher") == str(lab.teacher("teacher", seed)[-1])
+    theirs = lab.tasks[own[1][2]].argv  # the distilled assistant's last stage, by the same seed's teacher
+    assert flag(theirs, "teacher") == str(lab.teacher("teacher", 1)[-1])
+    (near,) = (task for task in lab.tasks.values() if task.call is tasks.compare)
+    assert near.argv[1] == str(lab.teacher("teacher", 1)[-1])
+    stages = [[flag(lab.tasks[out].argv, "seed") for out in lab.teacher("teacher", seed)] for seed in (0, 1)]
+    assert stages == [["0", "100"], ["1", "101"]]
 
 
 def test_what_is_made_by_other_flags_or_code_or_before_its_inputs_is_made_again(tmp_path):
@@ -452,7 +473,7 @@ def test_a_fork_is_the_stage_of_its_diff_and_is_forgotten_afterwards(lab):
     jsd, two = (lab.tasks[fork] for fork in forks)
     assert lab.tasks[plain].inputs[:2] == jsd.inputs[:2]  # the world, and the same student
     assert jsd.made["code"] != lab.tasks[plain].made["code"] and plain.name + ".fork=jsd" == jsd.out.name
-    assert flag(two.argv, "teacher2") == str(lab.teacher("assistant")[-1]) == str(two.inputs[-1])
+    assert flag(two.argv, "teacher2") == str(lab.teacher("assistant", 0)[-1]) == str(two.inputs[-1])
     ours, losses = importlib.import_module("dft"), importlib.import_module("losses")
     for task in jsd, two:
         with tasks.stage_of(task.script) as stage:
@@ -524,7 +545,7 @@ def test_what_all_else_waits_for_is_done_first_and_the_bar_knows_what_is_left(tm
 
 def test_a_row_takes_what_its_stages_take(lab, tmp_path):
     stages = lab.chain("pt | sft", "finetune", 400, 0)
-    lab.ask(TABLES["kd2"], stages[-1])
+    lab.ask(TABLES["kd2"], stages[-1], 0)
     for stage, seconds in zip(stages, (3, 3.5)):
         stage.mkdir(parents=True)
         (stage / "log.jsonl").write_text("{}\n" * 3)
@@ -546,14 +567,14 @@ def test_a_row_takes_what_its_stages_take(lab, tmp_path):
 @pytest.mark.parametrize("strategy", ["bottom-up", "top-down"])
 def test_a_cascade_has_the_stages_of_ckd(lab, strategy):
     """Teacher, start and loss of each stage are those of ckd.py's own plan."""
-    teachers = {name: str(lab.teacher(name)[-1]) for name in ("assistant", "teacher")}
+    teachers = {name: str(lab.teacher(name, 0)[-1]) for name in ("assistant", "teacher")}
     down = strategy == "top-down"
     argv = ["--teachers", *teachers.values(), "--strategy", strategy, "--vision", "v", "--llm", "small",
             "--out", "o", "--pretrain_data", "p", "--finetune_data", "f"]
     argv += ["--assistant_llms", "middle"] if down else []
     wanted = [(stage.__name__, stage.parse_args(flags)) for stage, flags in ckd.plan(*ckd.parse_args(argv))]
     if down:
-        folders = [*lab.teacher("distilled"), *lab.chain(cascade("distilled"), "finetune", 400, 0)]
+        folders = [*lab.teacher("distilled", 0), *lab.chain(cascade("distilled"), "finetune", 400, 0)]
     else:
         folders = lab.chain(cascade("assistant", "teacher"), "finetune", 400, 0)
     planned = [lab.tasks[out] for out in folders]
@@ -641,7 +662,8 @@ def test_a_page_of_letters_says_so_and_one_of_one_seed_that_it_decides_nothing(t
     names = list(TABLES["kd3"].rows)
     one = {"seed": 0, "scenes": 400, "accuracy": 50.0, "steps": 9, "seconds": 1.0, "tflop": 1.0}
     rows = [{"method": name} | one for name in names]
-    for name, more in ("kd3", ""), ("letters-kd3", ": the world of letters"):
+    for name, more in (("kd3", ""), ("letters-kd3", ": the world of letters"),
+                       ("kd3-teachers", ": each seed with its own teachers")):
         page = results.write_page(tmp_path, name, rows, ["--table", "kd3"], 60.0, {})
         assert page.startswith(f"# {TABLES['kd3'].title}{more}\n")
         assert results.ONE in page and "undecided |" in page
@@ -788,8 +810,13 @@ def test_a_table_is_filled_once_and_gone_on_with(tmp_path, monkeypatch, capsys):
     for path in killed.glob("*"):
         path.unlink()
     monkeypatch.setattr(tasks, "ProcessPoolExecutor", Here)
-    toy.main(command)
+    toy.main([*command, "--own_teachers"])
     changed = [path for path in made if path.stat().st_mtime_ns != made[path]]
     assert changed == [killed / "model.safetensors"]
-    again = read(tmp_path / "mod12.json")["rows"]
-    assert [r["accuracy"] for r in again] == [r["accuracy"] for r in report]
+    own = read(tmp_path / "mod12-teachers.json")["rows"]
+    who = [(r["method"], r["seed"]) for r in report]
+    assert [(r["method"], r["seed"]) for r in own] == [*who, ("Teacher", 1)]
+    same = [a | {"seconds": 0} == b | {"seconds": 0} for a, b in zip(report, own, strict=False)]
+    assert same == [True, True, False, False, True]  # seed 0 has the usual teacher
+    assert own[-1]["agree, images"] == 100 and own[-1]["agree, answers"] == 100
+    assert read(tmp_path / "mod12.json")["rows"] == report
