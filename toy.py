@@ -90,17 +90,13 @@ class Lab:
             script = self.fork(own.fork) if own.fork else ROOT / f"{SCRIPTS.get(name, 'mod_distill')}.py"
             flags = {"data": world.write_subset(self.world, kind, scenes, seed), "seed": seed + 100 * k}
             flags |= {"images": self.world / "images", "max_steps": steps, "lr": lr}
-            inputs = folders[-1:]
-            if folders:
-                flags["student"] = folders[-1]
-            else:
-                flags |= {"vision": world.BASE / "siglip", "llm": world.BASE / f"qwen-{own.llm}"}
+            new = {"vision": world.BASE / "siglip", "llm": world.BASE / f"qwen-{own.llm}"}
+            flags |= {"student": folders[-1]} if folders else new
             if name not in ("pt", "sft") and " --kl 0 " not in f"{text} ":
                 flags["teacher"] = self.teacher(own.teacher, seed)[-1]
-                inputs.append(flags["teacher"])
             if own.teacher2:
                 flags["teacher2"] = self.teacher(own.teacher2, seed)[-1]
-                inputs.append(flags["teacher2"])
+            inputs = [flags[model] for model in ("student", "teacher", "teacher2") if model in flags]
             if script.stem == "mod_distill":
                 flags["step"] = name
             if script.stem == "dpt":  # captions answer a question here, which the tiny language models know

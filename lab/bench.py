@@ -29,8 +29,7 @@ from lab.results import machine
 from losses import autoregressive_loss, relation_loss, response_kl, self_correlation, visual_kl
 from support.chat import Chat, turn
 from support.checkpoints import load_stock
-from support import chunks
-from support.chunks import gram, over_rows
+from support.chunks import CHUNK, ON_GPU, gram, over_rows
 from support.flags import add_flags, cli, new_parser, positive, require
 from support.run import best_dtype, precision
 
@@ -47,14 +46,6 @@ def memory(peak: bool = False) -> float:
         return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2**20
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:" if peak else "VmRSS:")[1].split()[0]) / 1024
-
-
-def forget_peak() -> None:
-    """From here on the peak of memory counts anew."""
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def in_own_process(function: Callable[..., dict], *arguments: object) -> dict:
@@ -111,7 +102,7 @@ def ours(x: dict[str, Tensor]) -> Tensor:
 @torch.no_grad()
 def products(x: dict[str, Tensor]) -> None:
     """The matrix products that the losses need, and no others."""
-    at_once = chunks.CHUNK * (chunks.ON_GPU if DEVICE == "cuda" else 1) // V
+    at_once = CHUNK * (ON_GPU if DEVICE == "cuda" else 1) // V
     d_w = torch.zeros_like(x["w_s"]) if x["w_s"].requires_grad else None
     for h_s, h_t in zip(x["h_s"].split(at_once), x["h_t"].split(at_once)):
         z = h_t @ x["w_t"].T
@@ -128,8 +119,11 @@ def losses_of(way: Callable, dtype: str, head: str, repeats: int) -> dict:
     x, seconds = inputs(precision(dtype, torch.float32), head == "trained"), []
     for k in range(1 + repeats):
         x["h_s"].grad = x["w_s"].grad = None
-        if k == 1:
-            forget_peak()
+        if k == 1:  # from here on the peak of memory counts anew
+            if DEVICE == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            else:
+                Path("/proc/self/clear_refs").write_text("5")
             before = memory()
         start = time.perf_counter()
         loss = way(x)

@@ -102,15 +102,6 @@ def draw_tables(tables: list[tuple[Table, Groups]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def read_batch(model: Llava, world: Path) -> tuple[Batch, list[str]]:
-    """The first samples of all data, and the caption of each."""
-    file, images = str(world / "mixed.json"), str(world / "images")
-    data = LlavaData(argparse.Namespace(data=file, images=images, skip_bad=0, max_len=128), model)
-    records = json.loads(Path(file).read_text())[:N]
-    captions = [records[i - i % 3]["conversations"][1]["value"] for i in range(len(records))]
-    return data.collate([data[i] for i in range(len(records))]), captions
-
-
 def kinds_of(model: Llava, batch: Batch, captions: list[str]) -> torch.Tensor:
     """The number in KINDS of every token (B, T); -1 for padding."""
     tokens = model.processor.tokenizer.convert_ids_to_tokens(range(512))
@@ -130,10 +121,14 @@ def draw_experts(models: dict[str, Path], world: Path, path: Path) -> None:
     """The first sparse layer of every sparse model: what share of a kind's choices each expert is."""
     loaded = {name: Llava.from_checkpoint(str(model)) for name, model in models.items()}
     sparse = {name: model.eval() for name, model in loaded.items() if moe.is_sparse(model)}
+    records = json.loads((world / "mixed.json").read_text())[:N]
+    captions = [records[i - i % 3]["conversations"][1]["value"] for i in range(len(records))]
+    args = argparse.Namespace(data=f"{world}/mixed.json", images=f"{world}/images", skip_bad=0, max_len=128)
     figure = Figure(figsize=(3 * len(sparse) + 1.2, 3), layout="constrained")
     axes = figure.subplots(1, len(sparse), sharey=True, squeeze=False)
     for axis, (name, model) in zip(axes.flat, sparse.items()):
-        batch, captions = read_batch(model, world)
+        data = LlavaData(args, model)
+        batch = data.collate([data[i] for i in range(len(records))])
         moe.prepare(model)
         moe.watch(model, batch.attention_mask)
         model(batch.input_ids, model.encode_images(batch.pixel_values))
@@ -152,11 +147,10 @@ def draw_experts(models: dict[str, Path], world: Path, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = new_parser(__doc__)
-    parser.add_argument("files", nargs="+", help="JSON files of rows, as toy.py writes them")
+    parser.add_argument("files", nargs="+", type=Path, help="JSON files of rows, as toy.py writes them")
     add_flags(parser, "the picture", [("--picture", str, "out/curves.png", "where to draw it")])
     args = parser.parse_args(argv)
-    tables = [(table_named(path.stem), grouped(json.loads(path.read_text())["rows"]))
-              for path in map(Path, args.files)]
+    tables = [(table_named(path.stem), grouped(json.loads(path.read_text())["rows"])) for path in args.files]
     draw_tables(tables, Path(args.picture))
 
 

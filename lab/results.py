@@ -115,11 +115,6 @@ def machine() -> str:
     return f"{name}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
-def commit() -> str:
-    ask = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return f"commit {subprocess.run(ask, capture_output=True, text=True).stdout.strip() or 'unknown'}"
-
-
 def page_of(name: str, made: str, rows: list[dict], pictures: dict[str, str]) -> str:
     """The page of a table in a world, as `table_named` knows them."""
     table = table_named(name)
@@ -135,7 +130,9 @@ def write_page(out: Path, name: str, rows: list[dict], command: list[str], secon
                pictures: dict[str, str]) -> str:
     """Write a table's rows as JSON, its figure, and its page, which is returned."""
     table, how = table_named(name), f"`{' '.join(['python toy.py', *command])}`"
-    made = f"Made by {how} in {seconds / 60:.0f} minutes, but for what was there; {commit()}; {machine()}."
+    ask = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    code = subprocess.run(ask, capture_output=True, text=True).stdout.strip() or "unknown"
+    made = f"Made by {how} in {seconds / 60:.0f} minutes, but for what was there; commit {code}; {machine()}."
     draw_tables([(table, grouped(rows))], out / f"{name}.png")
     pictures = {f"{name}.png": table.title} | pictures
     head = json.dumps({"made": made, "pictures": pictures}, indent=1)
