@@ -30,9 +30,6 @@ POPE = ("random", "popular", "adversarial")
 N_TRAIN, N_VAL, N_TEST = 20_000, 300, 1000
 
 
-# ---------------------------------------------------------------------------------- the world
-
-
 class Things(NamedTuple):
     """What the objects of a world are: shapes, or what stands in a shape's place in scenes and questions."""
 
@@ -62,12 +59,6 @@ def draw_shape(
 
 
 SHAPED = Things("shape", SHAPES, draw_shape, draw_shape)
-
-
-def draw_scene(rng: random.Random) -> Scene:
-    """Any objects, all equally likely: what the pre-trained parts learn from."""
-    cells = sorted(rng.sample(range(4), rng.randint(1, 3)))
-    return [(rng.choice(list(COLORS)), rng.choice(SHAPES), cell) for cell in cells]
 
 
 def draw_common(rng: random.Random, things: Things, unseen: bool) -> Scene:

@@ -20,9 +20,15 @@ from tokenizers import ByteLevelBPETokenizer
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import trange
 
-from lab.world import BASE, COLORS, SHAPES, SIZE, Scene, ask, caption, draw_scene, paint
+from lab.world import BASE, COLORS, SHAPES, SIZE, Scene, ask, caption, paint
 from support.flags import new_parser
 from support.state import set_lr
+
+
+def draw_scene(rng: random.Random) -> Scene:
+    """Any objects, all equally likely: what the pre-trained parts learn from."""
+    cells = sorted(rng.sample(range(4), rng.randint(1, 3)))
+    return [(rng.choice(list(COLORS)), rng.choice(SHAPES), cell) for cell in cells]
 
 
 def train(model: torch.nn.Module, steps: int, lr: float, loss_of: Callable[[], torch.Tensor]) -> None:
