@@ -197,7 +197,7 @@ TABLES = {
 
 
 def table_named(name: str) -> Table:
-    """A table; after "letters-" the same in that world; before "-teachers" each seed has its own."""
+    """A table; after "letters-" the same in that world; before "-teachers" each seed has its own teachers."""
     table = TABLES[name.removeprefix("letters-").removesuffix("-teachers")]
     more = ": the world of letters" * name.startswith("letters-")
     more += ": each seed with its own teachers" * name.endswith("-teachers")

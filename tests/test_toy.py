@@ -520,9 +520,9 @@ def test_seconds_of_a_stage_are_the_processors_and_go_on(tmp_path, monkeypatch):
 
 def test_what_all_else_waits_for_is_done_first_and_the_bar_knows_what_is_left(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tasks, "ProcessPoolExecutor", Here)
-    (tmp_path / "teacher").mkdir()
-    made, names = [], {"seed0/a": (100, []), "teacher/t": (50, []), "seed0/b": (100, ["teacher/t"]),
-                       "seed0/c": (100, ["seed0/b"]), "seed0/done": (9000, [])}
+    (tmp_path / "seed1/big").mkdir(parents=True)
+    made, names = [], {"400/a": (100, []), "seed1/big/t": (50, []), "400/b": (100, ["seed1/big/t"]),
+                       "400/c": (100, ["400/b"]), "400/done": (9000, [])}
     monkeypatch.setattr(tasks, "train", lambda task: made.append(task.out.name))
     plan = {}
     for name, (n, inputs) in names.items():
@@ -538,9 +538,9 @@ def test_what_all_else_waits_for_is_done_first_and_the_bar_knows_what_is_left(tm
     assert made == ["t", "b", "a", "c"] or made == ["t", "b", "c", "a"]
     assert [tasks.work_of(task) for task in plan.values()] == [100, 250, 100, 100, 9000]
     assert "100% |" in capsys.readouterr().err
-    (tmp_path / "seed0/a").mkdir(parents=True)
-    (tmp_path / "seed0/a/log.jsonl").write_text("{}\n" * 25)
-    assert tasks.done_of(plan[tmp_path / "seed0/a"]) == 25 and tasks.done_of(plan[tmp_path / "seed0/b"]) == 0
+    (tmp_path / "400/a").mkdir(parents=True)
+    (tmp_path / "400/a/log.jsonl").write_text("{}\n" * 25)
+    assert tasks.done_of(plan[tmp_path / "400/a"]) == 25 and tasks.done_of(plan[tmp_path / "400/b"]) == 0
 
 
 def test_a_row_takes_what_its_stages_take(lab, tmp_path):
