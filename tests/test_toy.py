@@ -369,6 +369,8 @@ def test_each_seed_may_have_its_own_teachers_and_seed_0_has_the_usual_ones(lab):
     assert students[1][2] != plain[1][2]  # and none is overwritten by the other
     for seed, student in (0, plain[1][2]), (1, students[1][2]):
         assert flag(lab.tasks[student].argv, "teacher") == str(lab.teacher("teacher", seed)[-1])
+    two = lab.chain("pt | dft --fork two_teachers --teacher2 assistant", "finetune", 400, 1)[-1]
+    assert flag(lab.tasks[two].argv, "teacher2") == str(lab.teacher("assistant", 1)[-1])
     theirs = lab.tasks[own[1][2]].argv  # the distilled assistant's last stage, by the same seed's teacher
     assert flag(theirs, "teacher") == str(lab.teacher("teacher", 1)[-1])
     (near,) = (task for task in lab.tasks.values() if task.call is tasks.compare)
@@ -707,11 +709,12 @@ def test_a_figure_of_one_seed_has_no_interval_and_the_teacher_is_in_every_one(dr
         half = intervals.t_975(2) / math.sqrt(3)
         assert first[::2] == pytest.approx([] if seeds == 1 else [11 - half, 11 + half])
         assert len(second) == len(first)
-    groups = intervals.grouped(rows_of([*rows], 3, (200, 400)))
+    another = {"method": "Teacher", "seed": 1, "scenes": 20_000, "accuracy": 96.0, "tflop": 7.0}
+    groups = intervals.grouped([*rows_of([*rows], 3, (200, 400)), another])
     figures.draw_tables([(Table("t", rows, [], scenes=(200, 400)), groups)], Path("lines.png"))
     (axis,) = drawn["lines.png"].axes
     assert {text.get_text() for text in axis.get_legend().get_texts()} == {"PT", "DFT", "Teacher"}
-    assert [94.0, 94.0] in [list(line.get_ydata()) for line in axis.lines]
+    assert [95.0, 95.0] in [list(line.get_ydata()) for line in axis.lines]
 
 
 def test_differences_are_of_the_claims_a_dot_with_its_interval_for_each_number_of_scenes(drawn):
